@@ -1,0 +1,202 @@
+"""The cluttered-MNIST files: the one place that knows, checks and reads them.
+
+A data folder holds
+
+    mnist_cluttered.tar.gz   img_1.png ... img_N.png, all of one size; grey, or RGB with three equal channels
+    labels.txt               "index<TAB>label" a line, index from 1, label 0..9
+    boxes.txt                "index<TAB>x0<TAB>y0<TAB>x1<TAB>y1" a line, half-open, in pixels; may be missing
+
+The first 70% of the images, in file order, are the training set, the rest is the test set.
+"""
+
+import hashlib
+import io
+import re
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+TARBALL, LABELS, BOXES = "mnist_cluttered.tar.gz", "labels.txt", "boxes.txt"
+CLASSES = 10
+LARGEST_MEMBER = 1 << 20  # bytes; a PNG of 100 x 100 has about 600
+LARGEST_SIDE = 1000  # pixels
+
+
+class DataError(ValueError):
+    """A file of the data set is missing or wrong; the message names it."""
+
+
+class Part(NamedTuple):
+    """The training or the test set: N images of H x W pixels."""
+
+    images: np.ndarray  # (N, H, W, 1) uint8, black is 0
+    labels: np.ndarray  # (N,) int64, 0..9
+    boxes: np.ndarray | None  # (N, 4) int64: x0, y0, x1, y1 around the digit, half-open; None without boxes.txt
+
+
+def load_dataset(folder):
+    """Reads a data folder; the first call extracts and decodes its tarball into `img/`.
+
+    Args:
+        folder: Path of the data folder.
+
+    Returns:
+        The training `Part` and the test `Part`. Their images are views of one array mapped from disk.
+
+    Raises:
+        DataError: A file is missing, broken, or does not fit the others.
+    """
+    folder = Path(folder)
+    labels = read_table(folder / LABELS, columns=1)[:, 0]
+    if labels.max() >= CLASSES:
+        line = int(np.argmax(labels >= CLASSES)) + 1
+        raise DataError(f"{folder / LABELS}, line {line}: label {labels[line - 1]} is not in 0..{CLASSES - 1}")
+    images = load_images(folder / TARBALL, folder / "img", count=len(labels))
+    boxes = read_table(folder / BOXES, columns=4) if (folder / BOXES).exists() else None
+    if boxes is not None:
+        check_boxes(folder / BOXES, boxes, images)
+
+    training = len(labels) * 7 // 10
+    parts = slice(None, training), slice(training, None)
+    return tuple(Part(images[part], labels[part], None if boxes is None else boxes[part]) for part in parts)
+
+
+def read_table(path, columns):
+    """Reads lines of "index<TAB>number ...", index 1, 2, 3 ... in order, as an int64 array (lines, columns)."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; a data folder holds {TARBALL} and {LABELS}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not a text file of numbers") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not re.fullmatch(rf"[0-9]{{1,9}}(\t[0-9]{{1,9}}){{{columns}}}", line):
+            raise DataError(f"{path}, line {number}: {line[:40]!r} is not {columns + 1} numbers with tabs between")
+        index, *row = map(int, line.split("\t"))
+        if index != number:
+            raise DataError(f"{path}, line {number}: index {index} where {number} is due")
+        rows.append(row)
+    if len(rows) < 2:
+        raise DataError(f"{path} has {len(rows)} lines; a training and a test image need 2")
+    return np.array(rows)
+
+
+def check_boxes(path, boxes, images):
+    if len(boxes) != len(images):
+        raise DataError(f"{path} has {len(boxes):,} lines for {len(images):,} images")
+    height, width = images.shape[1:3]
+    x0, y0, x1, y1 = boxes.T
+    wrong = (x0 >= x1) | (y0 >= y1) | (x1 > width) | (y1 > height)
+    if wrong.any():
+        line = int(np.argmax(wrong)) + 1
+        raise DataError(f"{path}, line {line}: {boxes[line - 1].tolist()} is no box in {width} x {height} pixels")
+
+
+def load_images(tarball, folder, count):
+    """Maps the tarball's images from `folder`/images.npy, which is made first if it is not this tarball's.
+
+    Returns:
+        Array (count, H, W, 1) uint8, read-only.
+    """
+    try:
+        with tarball.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DataError(f"{tarball} is missing; data/generate.py makes one") from None
+    made_from = folder / "SHA256"
+    if not made_from.exists() or made_from.read_text() != checksum:
+        # In a temporary folder, then renamed: `folder` is complete at any moment, or not there.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part.") as temporary:
+            fresh = Path(temporary) / folder.name
+            fresh.mkdir()
+            extract(tarball, fresh, count)
+            (fresh / made_from.name).write_text(checksum)
+            shutil.rmtree(folder, ignore_errors=True)
+            fresh.rename(folder)
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    if len(images) != count:
+        raise DataError(f"{tarball} has {len(images):,} images, {tarball.with_name(LABELS)} has {count:,} lines")
+    return images
+
+
+def extract(tarball, folder, count):
+    """Writes img_1.png ... img_{count}.png of the tarball to `folder`, and their pixels to `folder`/images.npy."""
+    images, missing = None, set(range(1, count + 1))
+    try:
+        with tarfile.open(tarball, "r:gz") as archive, ThreadPoolExecutor() as pool:
+            members = progress(png_members(tarball, archive), count, f"extracting {tarball}")
+            while chunk := list(islice(members, 256)):  # bounds what waits in memory
+                for index, pixels in pool.map(lambda member: store(tarball, folder, *member), chunk):
+                    if images is None:
+                        shape = (count, *pixels.shape, 1)
+                        images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+                    if index not in missing:
+                        raise DataError(f"{tarball}: img_{index}.png is there twice, or {LABELS} has no line for it")
+                    if pixels.shape != images.shape[1:3]:
+                        raise DataError(
+                            f"{tarball}: img_{index}.png has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                            f"others have {images.shape[2]} x {images.shape[1]}"
+                        )
+                    missing.remove(index)
+                    images[index - 1, :, :, 0] = pixels
+    except (tarfile.TarError, zlib.error, EOFError) as error:
+        raise DataError(f"{tarball} is not a complete .tar.gz ({error}); get or generate it again") from None
+    if missing:
+        raise DataError(f"{tarball} has no img_{min(missing)}.png; {LABELS} has {count:,} lines")
+    images.flush()
+
+
+def png_members(tarball, archive):
+    """Yields (index, bytes) of each img_{index}.png; anything else in the archive is an error."""
+    for member in archive:
+        name = re.fullmatch(r"(?:\./)?img_([1-9][0-9]{0,8})\.png", member.name)
+        if member.isdir() and member.name == ".":
+            continue
+        if not (name and member.isreg() and member.size <= LARGEST_MEMBER):
+            raise DataError(f"{tarball}: {member.name[:80]!r} is not a file img_1.png, img_2.png ... of at most 1 MiB")
+        yield int(name[1]), archive.extractfile(member).read()
+
+
+def store(tarball, folder, index, png):
+    """Writes and decodes one PNG; returns index and pixels (H, W) uint8."""
+    try:
+        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
+            if image.mode not in ("L", "RGB") or max(image.size) > LARGEST_SIDE:
+                raise DataError(
+                    f"{tarball}: img_{index}.png is {image.mode}, {image.width} x {image.height}; "
+                    f"8-bit grey or RGB of at most {LARGEST_SIDE} x {LARGEST_SIDE} is read"
+                )
+            pixels = np.asarray(image)
+    except (OSError, SyntaxError) as error:  # Pillow's errors for what is not a PNG, or a damaged one
+        raise DataError(f"{tarball}: img_{index}.png cannot be decoded ({error})") from None
+    if pixels.ndim == 3:
+        if (pixels != pixels[:, :, :1]).any():
+            raise DataError(f"{tarball}: img_{index}.png has colours; three equal channels are read")
+        pixels = pixels[:, :, 0]
+    (folder / f"img_{index}.png").write_bytes(png)
+    return index, pixels
+
+
+def progress(items, total, what):
+    """Yields the items; shows how many have passed and the time left, on a terminal only."""
+    start = shown = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if sys.stderr.isatty() and now - shown > 0.2:
+            shown = now
+            left = (now - start) / (done + 1) * (total - done)
+            print(f"\r{what}: {done:,} of {total:,}, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+        yield item
+    if shown > start:
+        print(f"\r{what}: {total:,} in {time.monotonic() - start:.0f} s" + " " * 20, file=sys.stderr)

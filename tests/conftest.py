@@ -1,0 +1,64 @@
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_data(folder, images, labels, boxes=None, names=None):
+    """Writes a data folder; the images are arrays, or bytes that take the place of a PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "mnist_cluttered.tar.gz", "w:gz") as archive:
+        for index, image in enumerate(images):
+            content = image if isinstance(image, bytes) else png(image)
+            member = tarfile.TarInfo(names[index] if names else f"img_{index + 1}.png")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    lines = [f"{index}\t{label}\n" for index, label in enumerate(labels, start=1)]
+    (folder / "labels.txt").write_text("".join(lines))
+    if boxes is not None:
+        lines = ["\t".join(map(str, (index, *box))) + "\n" for index, box in enumerate(boxes, start=1)]
+        (folder / "boxes.txt").write_text("".join(lines))
+    return folder
+
+
+def run(*arguments, cwd=ROOT):
+    """Runs a script of the project as a user does."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def assert_one_line_error(process, *parts):
+    """Exit code 2, one line on standard error that holds each of the parts, no traceback."""
+    assert process.returncode == 2, process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    for part in parts:
+        assert part in process.stderr
+
+
+@pytest.fixture
+def random_images():
+    return np.random.default_rng(0).integers(0, 256, (10, 20, 30), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder with real MNIST that the environment variable CAM_TEST_DATA names."""
+    folder = os.environ.get("CAM_TEST_DATA")
+    if not folder:
+        pytest.skip("CAM_TEST_DATA does not name a folder with mnist.npz")
+    return Path(folder)

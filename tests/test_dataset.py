@@ -1,0 +1,177 @@
+"""data/dataset.py: what it reads, and what it says of files that are wrong."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import png, write_data
+
+from data import dataset
+from data.dataset import DataError, load_dataset
+
+LABELS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 0]
+BOXES = [(index, 1, index + 2, 20) for index in range(10)]
+
+
+def test_the_first_seventy_percent_are_the_training_set(tmp_path, random_images):
+    train, test = load_dataset(write_data(tmp_path, random_images, LABELS, BOXES))
+    np.testing.assert_array_equal(train.images[..., 0], random_images[:7])
+    np.testing.assert_array_equal(test.images[..., 0], random_images[7:])
+    assert train.labels.tolist() == LABELS[:7]
+    assert test.labels.tolist() == LABELS[7:]
+    assert train.boxes.tolist() == [list(box) for box in BOXES[:7]]
+    assert test.boxes.tolist() == [list(box) for box in BOXES[7:]]
+    assert train.images.dtype == np.uint8
+
+
+def test_the_originals_files_rgb_without_boxes(tmp_path, random_images):
+    train, _ = load_dataset(write_data(tmp_path, np.stack([random_images] * 3, axis=-1), LABELS))
+    np.testing.assert_array_equal(train.images[..., 0], random_images[:7])
+    assert train.boxes is None
+
+
+def test_file_order_in_the_tarball_does_not_matter(tmp_path, random_images):
+    names = [f"./img_{10 - index}.png" for index in range(10)]
+    _, test = load_dataset(write_data(tmp_path, random_images, LABELS, names=names))
+    np.testing.assert_array_equal(test.images[..., 0], random_images[2::-1])
+
+
+def test_a_second_start_decodes_nothing(tmp_path, random_images, monkeypatch):
+    folder = write_data(tmp_path, random_images, LABELS)
+    load_dataset(folder)
+    monkeypatch.setattr(dataset, "extract", lambda *arguments: pytest.fail("extracted again"))
+    train, _ = load_dataset(folder)
+    np.testing.assert_array_equal(train.images[..., 0], random_images[:7])
+    assert sorted(path.name for path in (folder / "img").glob("*.png"))[:3] == ["img_1.png", "img_10.png", "img_2.png"]
+
+
+def test_another_tarball_is_extracted_again(tmp_path, random_images):
+    load_dataset(write_data(tmp_path, random_images, LABELS))
+    train, _ = load_dataset(write_data(tmp_path, 255 - random_images, LABELS))
+    np.testing.assert_array_equal(train.images[..., 0], 255 - random_images[:7])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("1\t3\n2\n", r"labels.txt, line 2: '2' is not 2 numbers"),
+        ("1\t3\n3\t4\n", r"labels.txt, line 2: index 3 where 2 is due"),
+        ("1\t3\n1\t4\n", r"labels.txt, line 2: index 1 where 2 is due"),
+        ("1\t3\n2\tnine\n", r"labels.txt, line 2"),
+        ("1\t3\n2\t-1\n", r"labels.txt, line 2"),
+        ("1\t3\n2\t10\n", r"labels.txt, line 2: label 10 is not in 0\.\.9"),
+        ("1\t3\n2\t1_0\n", r"labels.txt, line 2"),
+        ("", r"labels.txt has 0 lines"),
+        ("é\t3\n", r"labels.txt is not a text file of numbers"),
+    ],
+)
+def test_wrong_labels(tmp_path, random_images, content, says):
+    folder = write_data(tmp_path, random_images, LABELS)
+    (folder / "labels.txt").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=says):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("box", "says"), [((5, 1, 5, 9), "line 3: .* is no box"), ((0, 0, 31, 5), "line 3"), ((0, 0, 5, 21), "line 3")]
+)
+def test_wrong_boxes(tmp_path, random_images, box, says):
+    boxes = [*BOXES[:2], box, *BOXES[3:]]
+    with pytest.raises(DataError, match=rf"boxes\.txt, {says}"):
+        load_dataset(write_data(tmp_path, random_images, LABELS, boxes))
+    with pytest.raises(DataError, match=r"boxes\.txt has 9 lines for 10 images"):
+        load_dataset(write_data(tmp_path, random_images, LABELS, BOXES[:9]))
+
+
+def link(name, target):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, target
+    return member
+
+
+GREY = np.zeros((20, 30), np.uint8)
+COLOURED = np.zeros((20, 30, 3), np.uint8)
+COLOURED[5, 5] = 1, 2, 3
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "says"),
+    [
+        (np.zeros((20, 31), np.uint8), "img_10.png", "img_10.png has 31 x 20 pixels, others have 30 x 20"),
+        (b"not a PNG", "img_10.png", "img_10.png cannot be decoded"),
+        (png(np.eye(20, 30, dtype=np.uint8))[:50], "img_10.png", "img_10.png cannot be decoded"),
+        (COLOURED, "img_10.png", "img_10.png has colours"),
+        (np.zeros((20, 30), np.uint16), "img_10.png", "img_10.png is I;16"),
+        (np.zeros((1, 2000), np.uint8), "img_10.png", "img_10.png is L, 2000 x 1"),
+        (GREY, "img_9.png", "img_9.png is there twice"),
+        (GREY, "img_11.png", "img_11.png is there twice, or labels.txt has no line for it"),
+        (GREY, "../img_10.png", "'../img_10.png' is not a file img_1.png"),
+        (GREY, "/tmp/img_10.png", "is not a file img_1.png"),
+        (bytes(2 << 20), "img_10.png", "is not a file img_1.png, img_2.png ... of at most 1 MiB"),
+    ],
+)
+def test_wrong_images(tmp_path, random_images, image, name, says):
+    names = [f"img_{index}.png" for index in range(1, 10)] + [name]
+    folder = write_data(tmp_path / "data", [*random_images[:9], image], LABELS, names=names)
+    with pytest.raises(DataError) as error:
+        load_dataset(folder)
+    assert says in str(error.value)
+    assert not (folder / "img").exists()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "labels.txt", "mnist_cluttered.tar.gz"]
+    load_dataset(write_data(folder, random_images, LABELS))  # the next good tarball works
+
+
+def test_too_few_and_too_many_images(tmp_path, random_images):
+    with pytest.raises(DataError, match=r"has no img_10\.png; labels\.txt has 10 lines"):
+        load_dataset(write_data(tmp_path, random_images[:9], LABELS))
+    with pytest.raises(DataError, match=r"img_10\.png is there twice, or labels\.txt has no line"):
+        load_dataset(write_data(tmp_path, random_images, LABELS[:9]))
+    load_dataset(write_data(tmp_path, random_images, LABELS))
+    (tmp_path / "labels.txt").write_text("1\t3\n2\t4\n")
+    with pytest.raises(DataError, match=r"has 10 images, .*labels\.txt has 2 lines"):
+        load_dataset(tmp_path)
+
+
+def test_links_are_refused(tmp_path):
+    folder = write_data(tmp_path / "data", [], LABELS)
+    with tarfile.open(folder / "mnist_cluttered.tar.gz", "w:gz") as archive:
+        archive.addfile(link("img_1.png", "/etc/passwd"))
+    with pytest.raises(DataError, match=r"'img_1\.png' is not a file"):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "not a tarball", "empty", "empty archive"])
+def test_broken_tarballs(tmp_path, random_images, damage):
+    folder = write_data(tmp_path / "data", random_images, LABELS)
+    load_dataset(folder)
+    tarball = folder / "mnist_cluttered.tar.gz"
+    good = tarball.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 255
+    empty = io.BytesIO()
+    tarfile.open(fileobj=empty, mode="w:gz").close()
+    tarball.write_bytes(
+        {
+            "truncated": good[: len(good) // 2],
+            "flipped": bytes(flipped),
+            "not a tarball": b"hello",
+            "empty": b"",
+            "empty archive": empty.getvalue(),
+        }[damage]
+    )
+    with pytest.raises(DataError, match=r"mnist_cluttered\.tar\.gz"):
+        load_dataset(folder)
+    # What was extracted from the good tarball is still there, and used when that comes back.
+    assert len(list((folder / "img").glob("*.png"))) == 10
+    tarball.write_bytes(good)
+    load_dataset(folder)
+
+
+def test_missing_files(tmp_path, random_images):
+    with pytest.raises(DataError, match=r"labels\.txt is missing"):
+        load_dataset(tmp_path / "nowhere")
+    folder = write_data(tmp_path, random_images, LABELS)
+    (folder / "mnist_cluttered.tar.gz").unlink()
+    with pytest.raises(DataError, match=r"mnist_cluttered\.tar\.gz is missing"):
+        load_dataset(folder)

