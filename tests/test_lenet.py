@@ -1,0 +1,103 @@
+"""lenet.py: the network, layer by layer, and its two starts."""
+
+import keras
+import numpy as np
+import pytest
+
+from lenet import lenet, unit_variance_start
+
+
+def naive_lenet(images, conv1, bias1, conv2, bias2, weights):
+    """The network in NumPy and float64, ReLU before pooling: images (N, H, W, C) in 0..255, H and W multiples of 4."""
+
+    def convolution(x, kernel, bias):
+        padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), axis=(1, 2))  # (N, H, W, C, 5, 5)
+        return np.einsum("nhwcyx,yxck->nhwk", windows, kernel) + bias
+
+    def pool(x):
+        n, h, w, k = x.shape
+        return x.reshape(n, h // 2, 2, w // 2, 2, k).max(axis=(2, 4))
+
+    x = images.astype(np.float64) / 255
+    x = pool(np.maximum(convolution(x, conv1, bias1), 0))
+    feature_maps = pool(np.maximum(convolution(x, conv2, bias2), 0))
+    return feature_maps, feature_maps.mean(axis=(1, 2)) @ weights
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_network_equals_the_naive_one(channels):
+    keras.utils.set_random_seed(0)
+    model = lenet(channels)
+    rng = np.random.default_rng(0)
+    # Biases are zero at the start: give them a part in the test.
+    model.set_weights([value + rng.normal(0, 0.05, value.shape) for value in model.get_weights()])
+    images = rng.integers(0, 256, (2, 12, 16, channels), dtype=np.uint8)
+    feature_maps, logits = naive_lenet(images, *model.get_weights())
+    features_of = keras.Model(model.input, model.get_layer("feature_maps").output)
+    np.testing.assert_allclose(np.asarray(features_of(images)), feature_maps, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(model(images)), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes():
+    assert lenet().count_params() == 52_736
+    assert lenet(channels=3).count_params() == 54_336
+    assert [weights.shape for weights in lenet().get_weights()] == [
+        (5, 5, 1, 32),
+        (32,),
+        (5, 5, 32, 64),
+        (64,),
+        (64, 10),
+    ]
+    assert lenet(classes=7)(np.zeros((1, 100, 100, 1))).shape == (1, 7)
+
+
+def test_three_equal_channels_are_one_channel_with_the_summed_kernel():
+    keras.utils.set_random_seed(0)
+    rgb, grey = lenet(channels=3), lenet(channels=1)
+    kernel, *others = rgb.get_weights()
+    grey.set_weights([kernel.sum(axis=2, keepdims=True), *others])
+    images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), dtype=np.uint8)
+    np.testing.assert_allclose(np.asarray(grey(images)), np.asarray(rgb(images.repeat(3, axis=3))), atol=1e-5)
+
+
+def test_the_originals_start():
+    keras.utils.set_random_seed(0)
+    conv1, bias1, conv2, bias2, weights = lenet().get_weights()
+    # Xavier uniform: within sqrt(6 / (inputs + outputs)), and filling that range.
+    for kernel, inputs, outputs in (conv1, 25, 25 * 32), (conv2, 25 * 32, 25 * 64):
+        bound = (6 / (inputs + outputs)) ** 0.5
+        assert 0.98 * bound < np.abs(kernel).max() <= bound
+        assert kernel.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert weights.std() == pytest.approx(0.01, rel=0.1)
+    assert not bias1.any()
+    assert not bias2.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_unit_variance_start(seed):
+    keras.utils.set_random_seed(seed)
+    model = lenet()
+    before = model.get_weights()
+    images = np.random.default_rng(seed).integers(0, 256, (16, 40, 40, 1), dtype=np.uint8)
+    unit_variance_start(model, images)
+    assert np.std(np.asarray(model(images))) == pytest.approx(1, rel=1e-3)
+    deviations = [value.std() for value in model.get_weights() if value.ndim > 1]
+    np.testing.assert_allclose(deviations, deviations[0], rtol=1e-4)
+    # Only the scale of each kernel has changed.
+    for value, old in zip(model.get_weights(), before, strict=True):
+        if old.any():
+            np.testing.assert_allclose(value / value.std(), old / old.std(), rtol=1e-4)
+        else:
+            assert not value.any()
+
+
+def test_bfloat16_gives_float32_logits_near_those_of_float32():
+    keras.utils.set_random_seed(0)
+    exact, mixed = lenet(), lenet(precision="mixed_bfloat16")
+    images = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 1), dtype=np.uint8)
+    unit_variance_start(exact, images)
+    mixed.set_weights(exact.get_weights())
+    assert mixed.get_layer("conv2").compute_dtype == "bfloat16"
+    assert keras.backend.standardize_dtype(mixed(images).dtype) == "float32"
+    np.testing.assert_allclose(np.asarray(mixed(images)), np.asarray(exact(images)), atol=0.05)
