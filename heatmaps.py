@@ -1,0 +1,204 @@
+"""What a run leaves in its output folder: heatmaps as training goes on, and the figures that sum them up.
+
+img_S/image_test.png    test image S, enlarged
+img_S/cmap_STEP.png     its class activation map, true class, after STEP steps, over the inverted image
+img_S/evolution.png     some of these maps in one strip, with step and predicted class
+history.csv             loss and accuracy on the training images since the line before, accuracy on test images
+predictions.csv         predicted class of each test image S at each step
+accuracy.png            accuracy on test images against images seen
+checkpoint.weights.h5   state of the training after the last line of history.csv
+"""
+
+import csv
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from cam import class_activation_model, normalize, overlay, upsample
+
+HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
+PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
+TEST_PART = 1000  # test images that accuracy is measured on during the run; at its end it is all of them
+STRIP_LENGTH = 6  # maps in a strip
+
+
+class Heatmaps(keras.callbacks.Callback):
+    """Keras callback: every `every` steps, and after the first and last, measures, draws and saves the state.
+
+    Args:
+        folder: Path of the output folder.
+        test: The test set: images (N, H, W, channels) uint8 and labels (N,).
+        steps: Steps of the whole run.
+        every: Steps between two heatmaps of an image.
+        samples: Number of test images to draw, from the first.
+        batch_size: Training images per step, for the column `images` of the history.
+        first_step: Steps that earlier, interrupted runs have done.
+    """
+
+    def __init__(self, folder, test, steps, every, samples, batch_size, first_step=0):
+        super().__init__()
+        self.folder, self.test = folder, test
+        self.steps, self.every, self.batch_size, self.first_step = steps, every, batch_size, first_step
+        self.samples = test.images[:samples]  # (S, H, W, channels)
+        self.sample_labels = test.labels[:samples]  # (S,)
+        self.history = [row for row in read_rows(folder / HISTORY) if row["step"] <= first_step]
+        self.predictions = [row for row in read_rows(folder / PREDICTIONS) if row["step"] <= first_step]
+
+    def on_train_begin(self, logs=None):
+        self.cam = class_activation_model(self.model)
+        self.start = time.monotonic()
+        if self.first_step == 0:
+            for index, image in enumerate(self.samples):
+                (self.folder / f"img_{index}").mkdir(parents=True, exist_ok=True)
+                save_picture(enlarge(image[:, :, 0]), self.folder / f"img_{index}" / "image_test.png")
+            self.record(0, {})
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = self.first_step + batch + 1
+        if step % self.every == 0 or step == self.steps:
+            self.record(step, logs)
+
+    def record(self, step, logs):
+        """Measures, draws and saves; the state last, so that it never claims what is not there."""
+        part = slice(None if step == self.steps else TEST_PART)
+        images, labels = self.test.images[part], self.test.labels[part]
+        _, accuracy = self.model.evaluate(images, labels, batch_size=128, verbose=0)
+        self.model.reset_metrics()  # the next line of the history and the progress bar speak of the steps in between
+        classes = self.draw(step)
+        self.predictions.append({"step": step} | {f"img_{index}": label for index, label in enumerate(classes)})
+        self.history.append(
+            {
+                "step": step,
+                "images": step * self.batch_size,
+                "loss": logs.get("loss", ""),
+                "accuracy": logs.get("accuracy", ""),
+                "test_accuracy": accuracy,
+                "test_images": len(labels),
+            }
+        )
+        write_rows(self.folder / PREDICTIONS, self.predictions)
+        write_rows(self.folder / HISTORY, self.history)
+        with complete_file(self.folder / CHECKPOINT) as path:
+            self.model.save_weights(path)
+        logs["test_accuracy"] = accuracy  # for the progress bar
+        if not sys.stdout.isatty() and step > self.first_step:
+            left = (time.monotonic() - self.start) / (step - self.first_step) * (self.steps - step)
+            print(
+                f"step {step:,}: loss {logs['loss']:.3f}, test accuracy {accuracy:.1%}, {left:.0f} s left", flush=True
+            )
+
+    def draw(self, step):
+        """Draws the maps of the true classes; returns the predicted classes (S,)."""
+        scores, maps = self.cam.predict(self.samples, batch_size=128, verbose=0)  # (S, C), (S, H/4, W/4, C)
+        maps = maps[np.arange(len(maps)), :, :, self.sample_labels]  # (S, H/4, W/4)
+        heatmaps = normalize(upsample(maps, *self.samples.shape[1:3]))  # (S, H, W)
+
+        def draw_one(index):
+            picture = overlay(self.samples[index], heatmaps[index])
+            save_picture(enlarge(picture), self.folder / f"img_{index}" / f"cmap_{step}.png")
+
+        with ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
+            list(pool.map(draw_one, range(len(heatmaps))))
+        return scores.argmax(axis=-1)
+
+
+def enlarge(picture):
+    """Repeats each pixel, so that the longer side is about PICTURE_SIDE: (H, W, ...) -> (n H, n W, ...)."""
+    times = max(1, round(PICTURE_SIDE / max(picture.shape[:2])))
+    return picture.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def draw_evolution(folder, labels):
+    """Draws `img_S/evolution.png` for each test image S from the pictures that the run left.
+
+    Args:
+        folder: Path of the output folder.
+        labels: True classes of the images, (S,).
+    """
+    predictions = read_rows(folder / PREDICTIONS)
+    # Most happens early: steps at equal ratios, the first and the last among them.
+    positions = np.unique(np.geomspace(1, len(predictions), STRIP_LENGTH).round().astype(int)) - 1
+    figure = plt.figure(dpi=100)
+    for index, label in enumerate(labels):
+        names = ["image_test.png"] + [f"cmap_{predictions[position]['step']}.png" for position in positions]
+        pictures = [np.asarray(Image.open(folder / f"img_{index}" / name).convert("RGB")) for name in names]
+        strip = np.concatenate([np.pad(p, ((0, 0), (4, 4), (0, 0)), constant_values=255) for p in pictures], axis=1)
+        height, width = strip.shape[:2]
+        figure.clear()
+        figure.set_size_inches(width / 100, (height + 60) / 100)
+        figure.figimage(strip)
+        for place, position in enumerate([None, *positions]):
+            text, color = f"a {label}", "black"
+            if position is not None:
+                row = predictions[position]
+                text = f"step {row['step']:,}: {row[f'img_{index}']}"
+                color = "black" if row[f"img_{index}"] == label else "firebrick"
+            x, y = (place + 0.5) / len(names), 1 - 30 / (height + 60)
+            figure.text(x, y, text, color=color, fontsize=24, ha="center", va="center")
+        with complete_file(folder / f"img_{index}" / "evolution.png") as path:
+            figure.savefig(path, pil_kwargs={"compress_level": 1})
+    plt.close(figure)
+
+
+def draw_accuracy(folder):
+    """Draws `accuracy.png`: accuracy on test images against training images seen."""
+    history = read_rows(folder / HISTORY)
+    seen, accuracy = [row["images"] for row in history], [100 * row["test_accuracy"] for row in history]
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes.plot(seen, accuracy, ".-")
+    label = f"{accuracy[-1]:.2f}% of all {history[-1]['test_images']:,} test images"
+    axes.annotate(label, (seen[-1], accuracy[-1]), (0, -20), textcoords="offset points", ha="right")
+    axes.set(xlabel="training images seen", ylabel="accuracy on test images (%)", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    with complete_file(folder / ACCURACY) as path:
+        figure.savefig(path)
+    plt.close(figure)
+
+
+def clear(folder):
+    """Deletes what a run writes, and nothing else."""
+    for directory in folder.glob("img_*"):
+        if directory.name.removeprefix("img_").isdecimal():
+            shutil.rmtree(directory)
+    for name in (HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT):
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_file(path):
+    """Gives a path to write to; what is written there gets the name `path` at the end, or never."""
+    part = path.with_name(f"part.{path.name}")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_picture(picture, path):
+    with complete_file(path) as part:
+        Image.fromarray(picture).save(part, compress_level=1)  # level 6 takes three times as long for a tenth less
+
+
+def read_rows(path):
+    """Rows of a CSV file of numbers as dicts, an empty field as ""; no rows if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: json.loads(text or '""') for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def write_rows(path, rows):
+    with complete_file(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1].keys())
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,253 @@
+"""Trains LeNet on cluttered MNIST and shows where it looks, as training goes on.
+
+    python mnist.py                      the default recipe: about 97% of unseen digits; heatmaps in out/
+    python mnist.py --recipe original    the training of 2017: 100,000 steps of plain gradient descent
+
+tarball -> array of images -> batches -> LeNet -> feature maps -> class activation maps -> heatmaps
+"""
+
+from quiet import keras  # first, to keep TensorFlow's start-up log off the console
+
+# isort: split
+import argparse
+import json
+import platform
+import sys
+import time
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+
+import heatmaps
+from data.dataset import DataError, load_dataset
+from lenet import lenet, unit_variance_start
+
+# Settings: defaults of the two recipes. Every one is a flag of the same name, see `python mnist.py --help`.
+RECIPES = {
+    "default": dict(
+        epochs=8,  # passes through the training images
+        batch_size=64,  # images per step
+        learning_rate=0.1,  # of Adam, at its peak
+        precision="auto",
+    ),
+    "original": dict(
+        steps=100_000,  # 366 epochs of 70,000 images
+        batch_size=256,
+        learning_rate=0.5,  # of plain gradient descent, constant
+        precision="float32",
+    ),
+}
+WARM_UP = 0.2  # share of the steps in which the default recipe's learning rate rises to its peak
+ROTATION = 10  # degrees, at most, by which the default recipe turns training images
+ZOOM = 0.12  # share, at most, by which it widens and heightens them
+
+SETTINGS, MODEL = "settings.json", "lenet.keras"  # written to the output folder, beside what heatmaps.py lists
+
+
+class SettingError(ValueError):
+    """A setting, or what it names, cannot be used; the message says which and what to do."""
+
+
+def run(settings):
+    """The experiment: from the tarball to the heatmaps."""
+    start = time.monotonic()
+    keras.utils.set_random_seed(settings.seed)
+    original = settings.recipe == "original"
+
+    # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,)
+    train, test = load_dataset(settings.data)
+    if settings.batch_size > len(train.labels):
+        raise SettingError(f"--batch-size {settings.batch_size} is more than the {len(train.labels)} training images")
+    steps = settings.steps or settings.epochs * len(train.labels) // settings.batch_size
+    print(f"{settings.data}: {len(train.labels):,} training images, {len(test.labels):,} test images")
+
+    # Model
+    model = lenet(precision=settings.precision)
+    if original:
+        optimizer = keras.optimizers.SGD(settings.learning_rate)
+    else:
+        unit_variance_start(model, train.images[:256])
+        warm_up = round(WARM_UP * steps)
+        schedule = keras.optimizers.schedules.CosineDecay(
+            0.0, steps - warm_up, warmup_target=settings.learning_rate, warmup_steps=warm_up
+        )
+        optimizer = keras.optimizers.Adam(schedule)
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
+        jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+    )
+    first_step = continue_run(settings, steps, model)
+    if first_step == steps and (settings.out / MODEL).exists():
+        print(f"{settings.out} holds this run, finished; --fresh deletes it and starts over")
+        return
+    print(f"{steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
+
+    # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
+    recorder = heatmaps.Heatmaps(
+        settings.out, test, steps, settings.every, settings.samples, settings.batch_size, first_step
+    )
+    if first_step < steps:
+        model.fit(
+            batches(train, settings.batch_size, settings.seed, first_step, original),
+            steps_per_epoch=steps - first_step,  # one epoch to Keras: its progress bar shows the time left of the run
+            callbacks=[recorder],
+            shuffle=False,  # the batches are
+            verbose=1 if sys.stdout.isatty() else 0,
+        )
+
+    # What the run leaves
+    heatmaps.draw_evolution(settings.out, test.labels[: settings.samples])
+    heatmaps.draw_accuracy(settings.out)
+    portable = lenet()  # the same weights in float32, for any machine
+    portable.set_weights(model.get_weights())
+    with heatmaps.complete_file(settings.out / MODEL) as path:
+        portable.save(path)
+    accuracy = recorder.history[-1]["test_accuracy"]
+    print(f"{accuracy:.2%} of all {len(test.labels):,} test images right; {time.monotonic() - start:.0f} s in all")
+    print(f"look at {settings.out / 'img_0' / 'evolution.png'} and on, and at {settings.out / heatmaps.ACCURACY}")
+
+
+def batches(train, batch_size, seed, first_step, original):
+    """Yields training batches without end: images (batch_size, H, W, 1) uint8, labels (batch_size,).
+
+    The batch of a step depends on the seed and the step alone, so that a run can continue at any step.
+    """
+    total = len(train.labels)
+    orders = (
+        np.arange(total) if original else np.random.default_rng((seed, 0, epoch)).permutation(total)
+        for epoch in count()
+    )
+    indices = islice((index for order in orders for index in order), first_step * batch_size, None)
+    for step in count(first_step):
+        chosen = np.fromiter(islice(indices, batch_size), int)
+        images, labels = train.images[chosen], train.labels[chosen]
+        yield (images if original else distort(images, np.random.default_rng((seed, 1, step)))), labels
+
+
+def distort(images, rng):
+    """Turns and zooms each image (N, H, W, 1) a little about its centre; what comes in from outside is black."""
+    count, height, width, _ = images.shape
+    angle = np.deg2rad(rng.uniform(-ROTATION, ROTATION, count))  # (N,)
+    wider, higher = 1 + rng.uniform(-ZOOM, ZOOM, (2, count))  # (N,)
+    # Pixel (x, y) of the result is pixel (a x + b y + c, d x + e y + f) of the image.
+    a, b = np.cos(angle) / wider, -np.sin(angle) / wider
+    d, e = np.sin(angle) / higher, np.cos(angle) / higher
+    x, y = (width - 1) / 2, (height - 1) / 2
+    c, f = x - a * x - b * y, y - d * x - e * y
+    transforms = np.stack([a, b, c, d, e, f, 0 * a, 0 * a], axis=1, dtype=np.float32)  # (N, 8)
+    return keras.ops.image.affine_transform(images, transforms, data_format="channels_last")
+
+
+def continue_run(settings, steps, model):
+    """Prepares the output folder, and loads the state of an interrupted run into the model.
+
+    Returns:
+        The number of steps done before; 0 for a new run.
+    """
+    out, checkpoint = settings.out, settings.out / heatmaps.CHECKPOINT
+    if settings.fresh:
+        heatmaps.clear(out)
+        for name in (SETTINGS, MODEL):
+            (out / name).unlink(missing_ok=True)
+    own = {name: str(value) for name, value in vars(settings).items() if name not in ("out", "fresh", "epochs")}
+    own["steps"] = str(steps)
+    if (out / SETTINGS).exists():
+        earlier = json.loads((out / SETTINGS).read_text())
+        for name in own:
+            if own[name] != earlier.get(name):
+                raise SettingError(
+                    f"{out} holds a run with --{name.replace('_', '-')} {earlier.get(name)}, not {own[name]}: "
+                    "continue it with that, give another --out, or start over with --fresh"
+                )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        with heatmaps.complete_file(out / SETTINGS) as path:
+            path.write_text(json.dumps(own, indent=1))
+    if not checkpoint.exists():
+        return 0
+    model.optimizer.build(model.trainable_variables)  # only then does load_weights restore its state
+    try:
+        model.load_weights(checkpoint)
+    except (OSError, ValueError, KeyError) as error:
+        raise SettingError(f"{checkpoint} cannot be read ({error}); start over with --fresh") from None
+    done = int(model.optimizer.iterations)
+    print(f"continuing after step {done:,}")
+    return done
+
+
+def has_bfloat16():
+    """Whether the device that trains is known to compute with bfloat16 in hardware."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if gpus := tf.config.list_physical_devices("GPU"):
+            return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
+    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def parse_settings():
+    def at_least(least, kind=int):
+        def convert(text):
+            value = kind(text)
+            if not least <= value < float("inf"):
+                raise argparse.ArgumentTypeError(f"{text} is less than {least} or not finite")
+            return value
+
+        convert.__name__ = "whole number" if kind is int else "number"
+        return convert
+
+    def by_recipe(name):
+        return " (default: " + "; ".join(f"{RECIPES[recipe].get(name)}, {recipe}" for recipe in RECIPES) + ")"
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):  # in one line, where argparse would print its usage too
+            self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("--data", default="data", type=Path, help="folder of the data set (default: data)")
+    flag("--out", default="out", type=Path, help="folder to write to (default: out)")
+    flag("--recipe", default="default", choices=RECIPES, help="how to train (default: default)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=at_least(1), help="passes through the training images" + by_recipe("epochs"))
+    length.add_argument("--steps", type=at_least(1), help="batches, instead of --epochs" + by_recipe("steps"))
+    flag("--batch-size", type=at_least(1), help="images per step" + by_recipe("batch_size"))
+    flag("--learning-rate", type=at_least(0, float), help="step size, at its peak" + by_recipe("learning_rate"))
+    flag("--every", default=100, type=at_least(1), help="steps between heatmaps of an image (default: 100)")
+    flag("--samples", default=50, type=at_least(1), help="test images to draw heatmaps of (default: 50)")
+    flag("--seed", default=0, type=at_least(0), help="random seed (default: 0)")
+    flag(
+        "--precision",
+        choices=("auto", "float32", "mixed_bfloat16"),
+        help="of the convolutions; auto is mixed_bfloat16 where the hardware has it" + by_recipe("precision"),
+    )
+    flag("--fresh", action="store_true", help="delete the earlier run in --out and start over")
+    settings = parser.parse_args()
+    length_given = settings.epochs or settings.steps
+    for name, value in RECIPES[settings.recipe].items():
+        if getattr(settings, name) is None and not (length_given and name in ("epochs", "steps")):
+            setattr(settings, name, value)
+    if settings.precision == "auto":
+        settings.precision = "mixed_bfloat16" if has_bfloat16() else "float32"
+    return settings
+
+
+def main():
+    settings = parse_settings()
+    try:
+        run(settings)
+    except (SettingError, DataError, OSError) as error:
+        print(f"mnist.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues after the last heatmaps", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

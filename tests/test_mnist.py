@@ -1,0 +1,209 @@
+"""mnist.py, run as a user runs it."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, assert_one_line_error, run, write_data
+from PIL import Image
+
+import cam
+from data.dataset import load_dataset
+
+SMALL = ["--batch-size", 8, "--every", 2, "--samples", 4]
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory):
+    """30 images of 40 x 44, 9 of them for testing: the first three are equal, their labels are 1, 7 and 1."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 40, 44), dtype=np.uint8)
+    images[22] = images[23] = images[21]
+    labels = np.arange(30) % 10
+    labels[21:24] = 1, 7, 1
+    return write_data(tmp_path_factory.mktemp("data"), images, labels)
+
+
+@pytest.fixture(scope="module")
+def small_run(small_data):
+    out = small_data / "out"
+    process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 5, *SMALL)
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_a_run_writes(small_run):
+    out, _ = small_run
+    maps = [f"cmap_{step}.png" for step in (0, 2, 4, 5)]
+    for sample in range(4):
+        assert sorted(path.name for path in (out / f"img_{sample}").iterdir()) == sorted(
+            [*maps, "evolution.png", "image_test.png"]
+        )
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(
+        ["accuracy.png", "checkpoint.weights.h5", "history.csv", "lenet.keras", "predictions.csv", "settings.json"]
+    )
+    history = rows(out / "history.csv")
+    assert [row["step"] for row in history] == ["0", "2", "4", "5"]
+    assert [row["images"] for row in history] == ["0", "16", "32", "40"]
+    assert all(0 <= float(row["test_accuracy"]) <= 1 for row in history)
+    assert history[0]["loss"] == ""
+    assert float(history[-1]["loss"]) > 0
+
+
+def test_pictures(small_run, small_data):
+    out, _ = small_run
+    _, test = load_dataset(small_data)
+    picture = pixels(out / "img_0" / "image_test.png")
+    assert picture.shape == (360, 396)
+    np.testing.assert_array_equal(picture[::9, ::9], test.images[0, :, :, 0])
+    assert pixels(out / "img_0" / "cmap_5.png").shape == (360, 396, 3)
+    assert pixels(out / "img_0" / "evolution.png").shape[1] > 5 * 396
+    assert pixels(out / "accuracy.png").std() > 0
+
+
+def test_the_map_is_that_of_the_true_class(small_run, small_data):
+    """Images 0, 1 and 2 are equal; 0 and 2 have one label, 1 another."""
+    out, _ = small_run
+    first, other, same = (pixels(out / f"img_{sample}" / "cmap_5.png") for sample in range(3))
+    np.testing.assert_array_equal(first, same)
+    assert np.abs(first.astype(int) - other).max() > 20
+    # And it is what the saved model gives, up to the precision of the training.
+    _, test = load_dataset(small_data)
+    model = keras.models.load_model(out / "lenet.keras")
+    _, maps = cam.class_activation_model(model).predict(test.images[:1], verbose=0)
+    heatmap = cam.normalize(cam.upsample(maps[..., test.labels[0]], 40, 44))[0]
+    difference = cam.overlay(test.images[0], heatmap).astype(int) - first[::9, ::9]
+    assert np.abs(difference).mean() < 5
+
+
+def test_the_console_is_quiet(small_run):
+    _, process = small_run
+    assert process.stderr == ""
+    lines = process.stdout.splitlines()
+    assert len(lines) == 7
+    assert "21 training images, 9 test images" in lines[0]
+    assert "test images right" in lines[-2]
+    assert "evolution.png" in lines[-1]
+
+
+def test_the_saved_model_is_float32_and_has_the_accuracy_of_the_history(small_run, small_data):
+    out, _ = small_run
+    _, test = load_dataset(small_data)
+    model = keras.models.load_model(out / "lenet.keras")
+    assert model.count_params() == 52_736
+    assert {layer.compute_dtype for layer in model.layers} == {"float32"}
+    right = np.asarray(model(test.images)).argmax(axis=1) == test.labels
+    assert right.mean() == pytest.approx(float(rows(out / "history.csv")[-1]["test_accuracy"]), abs=0.12)  # one of nine
+
+
+def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_data):
+    out, _ = small_run
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 5, *SMALL)
+    assert process.returncode == 0
+    assert "finished; --fresh" in process.stdout
+    process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 6, *SMALL)
+    assert_one_line_error(process, "--steps 5, not 6", "--fresh")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_run_continues_where_it_stopped(small_data, tmp_path):
+    arguments = ["mnist.py", "--data", small_data, "--steps", 30, *SMALL, "--out"]
+    whole = run(*arguments, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, *map(str, arguments), killed], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (killed / "img_0" / "cmap_8.png").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "lenet.keras").exists()
+
+    continued = run(*arguments, killed)
+    assert continued.returncode == 0, continued.stderr
+    assert "continuing after step" in continued.stdout
+    for name in ("history.csv", "predictions.csv", "img_0/cmap_30.png", "img_3/evolution.png", "accuracy.png"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_fresh_starts_over(small_data, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["mnist.py", "--data", small_data, "--out", out, *SMALL]
+    assert run(*arguments, "--steps", 2).returncode == 0
+    (out / "notes.txt").write_text("mine")
+    process = run(*arguments, "--steps", 1, "--recipe", "original", "--fresh")
+    assert process.returncode == 0, process.stderr
+    assert [row["step"] for row in rows(out / "history.csv")] == ["0", "1"]
+    assert not (out / "img_0" / "cmap_2.png").exists()
+    assert json.loads((out / "settings.json").read_text())["recipe"] == "original"
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--data", "nowhere"], ["nowhere/labels.txt is missing"]),
+        (["--batch-size", "22"], ["--batch-size 22", "21 training images"]),
+        (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
+        (["--steps", "0"], ["--steps", "0 is less than 1"]),
+        (["--epochs", "2", "--steps", "3"], ["--steps", "--epochs"]),
+        (["--precision", "float8"], ["--precision", "float8"]),
+        (["--out", "requirements.txt"], ["requirements.txt"]),
+        (["--out", "/proc/out"], ["/proc/out"]),
+    ],
+)
+def test_bad_settings(small_data, tmp_path, arguments, parts):
+    process = run("mnist.py", "--data", small_data, "--out", tmp_path / "out", *SMALL, *arguments)
+    assert_one_line_error(process, "mnist.py:", *parts)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_broken_tarball(tmp_path, small_data):
+    tarball = tmp_path / "mnist_cluttered.tar.gz"
+    tarball.write_bytes((small_data / "mnist_cluttered.tar.gz").read_bytes()[:1000])
+    (tmp_path / "labels.txt").write_text((small_data / "labels.txt").read_text())
+    process = run("mnist.py", "--data", tmp_path, "--out", tmp_path / "out")
+    assert_one_line_error(process, "mnist_cluttered.tar.gz is not a complete .tar.gz")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.txt", "mnist_cluttered.tar.gz"]
+
+
+def test_a_damaged_checkpoint_is_named(small_data, tmp_path):
+    arguments = ["mnist.py", "--data", small_data, "--out", tmp_path, "--steps", 2, *SMALL]
+    assert run(*arguments).returncode == 0
+    (tmp_path / "checkpoint.weights.h5").write_bytes(b"nothing")
+    assert_one_line_error(run(*arguments), "checkpoint.weights.h5 cannot be read", "--fresh")
+
+
+def test_learning(tmp_path):
+    """A few hundred steps on the committed images: digits that it has never seen, and where they are."""
+    process = run("mnist.py", "--out", tmp_path, "--steps", 300, "--batch-size", 32, "--every", 300, "--samples", 100)
+    assert process.returncode == 0, process.stderr
+    # Chance is 10%.
+    assert float(rows(tmp_path / "history.csv")[-1]["test_accuracy"]) > 0.6
+
+    # The digit's box covers about 4% of an image, so the maximum of a map that knows nothing is there that often.
+    _, test = load_dataset(ROOT / "data")
+    model = keras.models.load_model(tmp_path / "lenet.keras")
+    _, maps = cam.class_activation_model(model).predict(test.images[:200], verbose=0)
+    maps = np.asarray(cam.upsample(maps[np.arange(200), :, :, test.labels[:200]], 100, 100))
+    hits = 0
+    for class_map, (x0, y0, x1, y1) in zip(maps, test.boxes, strict=False):
+        y, x = np.unravel_index(class_map.argmax(), class_map.shape)
+        hits += x0 <= x < x1 and y0 <= y < y1
+    assert hits > 100
