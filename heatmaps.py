@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from cam import class_activation_model, normalize, overlay, upsample
 
@@ -71,7 +71,10 @@ class Heatmaps(keras.callbacks.Callback):
         """Measures, draws and saves; the state last, so that it never claims what is not there."""
         part = slice(None if step == self.steps else TEST_PART)
         images, labels = self.test.images[part], self.test.labels[part]
-        _, accuracy = self.model.evaluate(images, labels, batch_size=128, verbose=0)
+        scores = self.model.predict(images, batch_size=128, verbose=0)  # S_c: (N, C)
+        if not np.isfinite(scores).all():
+            raise FloatingPointError(f"the training diverged before step {step:,}; try a smaller --learning-rate")
+        accuracy = float(np.mean(scores.argmax(axis=-1) == labels))
         self.model.reset_metrics()  # the next line of the history and the progress bar speak of the steps in between
         classes = self.draw(step)
         self.predictions.append({"step": step} | {f"img_{index}": label for index, label in enumerate(classes)})
@@ -125,40 +128,46 @@ def draw_evolution(folder, labels):
         labels: True classes of the images, (S,).
     """
     predictions = read_rows(folder / PREDICTIONS)
-    # Most happens early: steps at equal ratios, the first and the last among them.
+    # Most happens early: steps at about equal ratios, the first and the last among them.
     positions = np.unique(np.geomspace(1, len(predictions), STRIP_LENGTH).round().astype(int)) - 1
-    figure = plt.figure(dpi=100)
+    rows = [predictions[position] for position in positions]
     for index, label in enumerate(labels):
-        names = ["image_test.png"] + [f"cmap_{predictions[position]['step']}.png" for position in positions]
-        pictures = [np.asarray(Image.open(folder / f"img_{index}" / name).convert("RGB")) for name in names]
-        strip = np.concatenate([np.pad(p, ((0, 0), (4, 4), (0, 0)), constant_values=255) for p in pictures], axis=1)
-        height, width = strip.shape[:2]
-        figure.clear()
-        figure.set_size_inches(width / 100, (height + 60) / 100)
-        figure.figimage(strip)
-        for place, position in enumerate([None, *positions]):
-            text, color = f"a {label}", "black"
-            if position is not None:
-                row = predictions[position]
-                text = f"step {row['step']:,}: {row[f'img_{index}']}"
-                color = "black" if row[f"img_{index}"] == label else "firebrick"
-            x, y = (place + 0.5) / len(names), 1 - 30 / (height + 60)
-            figure.text(x, y, text, color=color, fontsize=24, ha="center", va="center")
-        with complete_file(folder / f"img_{index}" / "evolution.png") as path:
-            figure.savefig(path, pil_kwargs={"compress_level": 1})
-    plt.close(figure)
+        pictures = [("image_test.png", f"test image {index}: {label}", "black")]
+        for row in rows:
+            predicted = row[f"img_{index}"]
+            color = "black" if predicted == label else "firebrick"
+            pictures.append((f"cmap_{row['step']}.png", f"step {row['step']:,}: {predicted}", color))
+        draw_strip(folder / f"img_{index}", pictures)
+
+
+def draw_strip(folder, pictures):
+    """Draws the pictures (file, title, color of the title) side by side as `folder`/evolution.png."""
+    images = [Image.open(folder / name) for name, _, _ in pictures]
+    width, height = images[0].size
+    title, gap = 48, 8  # pixels
+    strip = Image.new("RGB", (len(images) * (width + gap), title + height), "white")
+    draw = ImageDraw.Draw(strip)
+    for place, (image, (_, text, color)) in enumerate(zip(images, pictures, strict=True)):
+        left = place * (width + gap)
+        strip.paste(image, (left, title))
+        font = ImageFont.load_default(size=min(28, width // 8))
+        draw.text((left + width // 2, title // 2), text, color, font, anchor="mm")
+    save_picture(np.asarray(strip), folder / "evolution.png")
 
 
 def draw_accuracy(folder):
     """Draws `accuracy.png`: accuracy on test images against training images seen."""
-    history = read_rows(folder / HISTORY)
-    seen, accuracy = [row["images"] for row in history], [100 * row["test_accuracy"] for row in history]
+    *history, last = read_rows(folder / HISTORY)
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes.plot(seen, accuracy, ".-")
-    label = f"{accuracy[-1]:.2f}% of all {history[-1]['test_images']:,} test images"
-    axes.annotate(label, (seen[-1], accuracy[-1]), (0, -20), textcoords="offset points", ha="right")
-    axes.set(xlabel="training images seen", ylabel="accuracy on test images (%)", ylim=(0, 100))
+    if history:
+        seen, accuracy = [row["images"] for row in history], [100 * row["test_accuracy"] for row in history]
+        axes.plot(seen, accuracy, ".-", label=f"the first {history[0]['test_images']:,} test images")
+    final = 100 * last["test_accuracy"]
+    axes.plot(last["images"], final, "D", label=f"all {last['test_images']:,} test images: {final:.2f}%")
+    axes.set(xlabel="training images seen", ylabel="accuracy (%)", ylim=(0, 100))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
     with complete_file(folder / ACCURACY) as path:
         figure.savefig(path)
     plt.close(figure)

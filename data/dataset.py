@@ -9,6 +9,7 @@ A data folder holds
 The first 70% of the images, in file order, are the training set, the rest is the test set.
 """
 
+import gzip
 import hashlib
 import io
 import re
@@ -140,7 +141,7 @@ def extract(tarball, folder, count):
                 for index, pixels in pool.map(lambda member: store(tarball, folder, *member), chunk):
                     if images is None:
                         shape = (count, *pixels.shape, 1)
-                        images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+                        images = np.asarray(np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape))
                     if index not in missing:
                         raise DataError(f"{tarball}: img_{index}.png is there twice, or {LABELS} has no line for it")
                     if pixels.shape != images.shape[1:3]:
@@ -150,11 +151,10 @@ def extract(tarball, folder, count):
                         )
                     missing.remove(index)
                     images[index - 1, :, :, 0] = pixels
-    except (tarfile.TarError, zlib.error, EOFError) as error:
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{tarball} is not a complete .tar.gz ({error}); get or generate it again") from None
     if missing:
         raise DataError(f"{tarball} has no img_{min(missing)}.png; {LABELS} has {count:,} lines")
-    images.flush()
 
 
 def png_members(tarball, archive):
@@ -178,7 +178,7 @@ def store(tarball, folder, index, png):
                     f"8-bit grey or RGB of at most {LARGEST_SIDE} x {LARGEST_SIDE} is read"
                 )
             pixels = np.asarray(image)
-    except (OSError, SyntaxError) as error:  # Pillow's errors for what is not a PNG, or a damaged one
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for a bad PNG
         raise DataError(f"{tarball}: img_{index}.png cannot be decoded ({error})") from None
     if pixels.ndim == 3:
         if (pixels != pixels[:, :, :1]).any():

@@ -161,11 +161,12 @@ def test_fresh_starts_over(small_data, tmp_path):
         (["--data", "nowhere"], ["nowhere/labels.txt is missing"]),
         (["--batch-size", "22"], ["--batch-size 22", "21 training images"]),
         (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
-        (["--steps", "0"], ["--steps", "0 is less than 1"]),
+        (["--seed", "4294967296"], ["--seed", "4294967296 is not in 0 to"]),
+        (["--steps", "0"], ["--steps", "0 is not in 1 to"]),
         (["--epochs", "2", "--steps", "3"], ["--steps", "--epochs"]),
         (["--precision", "float8"], ["--precision", "float8"]),
-        (["--out", "requirements.txt"], ["requirements.txt"]),
-        (["--out", "/proc/out"], ["/proc/out"]),
+        (["--out", "requirements.txt"], ["--out requirements.txt cannot be written", "give another folder"]),
+        (["--out", "/proc/out"], ["--out /proc/out cannot be written"]),
     ],
 )
 def test_bad_settings(small_data, tmp_path, arguments, parts):
@@ -188,6 +189,13 @@ def test_a_damaged_checkpoint_is_named(small_data, tmp_path):
     assert run(*arguments).returncode == 0
     (tmp_path / "checkpoint.weights.h5").write_bytes(b"nothing")
     assert_one_line_error(run(*arguments), "checkpoint.weights.h5 cannot be read", "--fresh")
+
+
+def test_a_training_that_diverges_keeps_the_last_good_state(small_data, tmp_path):
+    rate = ["--recipe", "original", "--learning-rate", 1e30]
+    process = run("mnist.py", "--data", small_data, "--out", tmp_path, "--steps", 4, *SMALL, *rate)
+    assert_one_line_error(process, "diverged before step 2", "--learning-rate")
+    assert [row["step"] for row in rows(tmp_path / "history.csv")] == ["0"]
 
 
 def test_learning(tmp_path):
