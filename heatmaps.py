@@ -27,7 +27,7 @@ from cam import class_activation_model, normalize, overlay, upsample
 
 HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
 PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
-TEST_PART = 1000  # test images that accuracy is measured on during the run; at its end it is all of them
+TEST_PART = 1000  # test images to measure accuracy on during the run; at its end it is all of them
 STRIP_LENGTH = 6  # maps in a strip
 
 
@@ -69,15 +69,19 @@ class Heatmaps(keras.callbacks.Callback):
 
     def record(self, step, logs):
         """Measures, draws and saves; the state last, so that it never claims what is not there."""
-        part = slice(None if step == self.steps else TEST_PART)
-        images, labels = self.test.images[part], self.test.labels[part]
-        scores = self.model.predict(images, batch_size=128, verbose=0)  # S_c: (N, C)
+        count = max(TEST_PART, len(self.samples))
+        images, labels = self.test.images[:count], self.test.labels[:count]
+        parts = [self.cam.predict_on_batch(images[start : start + 125]) for start in range(0, len(images), 125)]
+        scores, maps = (np.concatenate(part) for part in zip(*parts, strict=True))  # S_c (N, C), M_c (N, H/4, W/4, C)
         if not np.isfinite(scores).all():
             raise FloatingPointError(f"the training diverged before step {step:,}; try a smaller --learning-rate")
-        accuracy = float(np.mean(scores.argmax(axis=-1) == labels))
-        self.model.reset_metrics()  # the next line of the history and the progress bar speak of the steps in between
-        classes = self.draw(step)
-        self.predictions.append({"step": step} | {f"img_{index}": label for index, label in enumerate(classes)})
+        classes = scores.argmax(axis=-1)  # (N,)
+        self.draw(step, maps[np.arange(len(self.samples)), :, :, self.sample_labels])
+        self.predictions.append({"step": step} | {f"img_{index}": classes[index] for index in range(len(self.samples))})
+        if step == self.steps:
+            labels = self.test.labels
+            classes = self.model.predict(self.test.images, batch_size=125, verbose=0).argmax(axis=-1)
+        accuracy = float(np.mean(classes == labels))
         self.history.append(
             {
                 "step": step,
@@ -92,6 +96,7 @@ class Heatmaps(keras.callbacks.Callback):
         write_rows(self.folder / HISTORY, self.history)
         with complete_file(self.folder / CHECKPOINT) as path:
             self.model.save_weights(path)
+        self.model.reset_metrics()  # the next loss and accuracy are those of the steps in between
         logs["test_accuracy"] = accuracy  # for the progress bar
         if not sys.stdout.isatty() and step > self.first_step:
             left = (time.monotonic() - self.start) / (step - self.first_step) * (self.steps - step)
@@ -99,10 +104,8 @@ class Heatmaps(keras.callbacks.Callback):
                 f"step {step:,}: loss {logs['loss']:.3f}, test accuracy {accuracy:.1%}, {left:.0f} s left", flush=True
             )
 
-    def draw(self, step):
-        """Draws the maps of the true classes; returns the predicted classes (S,)."""
-        scores, maps = self.cam.predict(self.samples, batch_size=128, verbose=0)  # (S, C), (S, H/4, W/4, C)
-        maps = maps[np.arange(len(maps)), :, :, self.sample_labels]  # (S, H/4, W/4)
+    def draw(self, step, maps):
+        """Draws the maps (S, H/4, W/4) of the samples' true classes."""
         heatmaps = normalize(upsample(maps, *self.samples.shape[1:3]))  # (S, H, W)
 
         def draw_one(index):
@@ -111,7 +114,6 @@ class Heatmaps(keras.callbacks.Callback):
 
         with ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
             list(pool.map(draw_one, range(len(heatmaps))))
-        return scores.argmax(axis=-1)
 
 
 def enlarge(picture):

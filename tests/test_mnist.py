@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import keras
 import numpy as np
@@ -14,7 +15,8 @@ from conftest import ROOT, assert_one_line_error, run, write_data
 from PIL import Image
 
 import cam
-from data.dataset import load_dataset
+import mnist
+from data.dataset import Part, load_dataset
 
 SMALL = ["--batch-size", 8, "--every", 2, "--samples", 4]
 
@@ -173,6 +175,41 @@ def test_bad_settings(small_data, tmp_path, arguments, parts):
     process = run("mnist.py", "--data", small_data, "--out", tmp_path / "out", *SMALL, *arguments)
     assert_one_line_error(process, "mnist.py:", *parts)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
+    rng = np.random.default_rng(0)
+    train = Part(rng.integers(0, 256, (10, 20, 20, 1), dtype=np.uint8), np.arange(10), None)
+    from_start = list(islice(mnist.batches(train, 4, seed=3, first_step=0, original=False), 8))
+    from_five = list(islice(mnist.batches(train, 4, seed=3, first_step=5, original=False), 3))
+    for (images, labels), (same_images, same_labels) in zip(from_start[5:], from_five, strict=True):
+        np.testing.assert_array_equal(np.asarray(images), np.asarray(same_images))
+        np.testing.assert_array_equal(labels, same_labels)
+    # Each image once before any comes again; another order in the next pass.
+    order = np.concatenate([labels for _, labels in from_start])
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10].tolist() != order[10:20].tolist()
+
+
+def test_the_originals_batches_come_in_file_order_as_they_are():
+    images = np.random.default_rng(0).integers(0, 256, (10, 20, 20, 1), dtype=np.uint8)
+    batches = mnist.batches(Part(images, np.arange(10), None), 4, seed=3, first_step=1, original=True)
+    for indices in ([4, 5, 6, 7], [8, 9, 0, 1]):
+        batch, labels = next(batches)
+        assert labels.tolist() == indices
+        np.testing.assert_array_equal(batch, images[indices])
+
+
+def test_distortions_turn_and_zoom_about_the_centre(monkeypatch):
+    images = np.zeros((40, 21, 21, 1), np.uint8)
+    images[:, 10, 10] = 255  # the centre stays where it is
+    images[:, 2:4, 9:12] = 200
+    turned = np.asarray(mnist.distort(images, np.random.default_rng(0)))
+    assert (turned[:, 10, 10] > 200).all()
+    assert len({picture.tobytes() for picture in turned}) == 40
+    monkeypatch.setattr(mnist, "ROTATION", 0)
+    monkeypatch.setattr(mnist, "ZOOM", 0)
+    np.testing.assert_array_equal(np.asarray(mnist.distort(images, np.random.default_rng(0))), images)
 
 
 def test_a_broken_tarball(tmp_path, small_data):
