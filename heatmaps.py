@@ -27,7 +27,7 @@ from cam import class_activation_model, normalize, overlay, upsample
 
 HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
 PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
-TEST_PART = 1000  # test images to measure accuracy on during the run; at its end it is all of them
+TEST_PART = 500  # test images to measure accuracy on during the run; at its end it is all of them
 STRIP_LENGTH = 6  # maps in a strip
 
 
