@@ -44,7 +44,7 @@ def class_activation_model(model):
 
     Args:
         model: Keras model of the form convolutions -> GlobalAveragePooling2D -> (Dropout) -> Dense, the Dense layer
-            with or without bias and softmax. Its layers are shared, not copied: the maps follow its training.
+            with or without bias and softmax. Its layers are used, not copied: the maps follow its training.
 
     Returns:
         Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], both float32. Of a
