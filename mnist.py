@@ -131,9 +131,9 @@ def batches(train, batch_size, seed, first_step, original):
 
 def distort(images, rng):
     """Turns and zooms each image (N, H, W, 1) about its centre; what comes in from outside is black."""
-    count, height, width, _ = images.shape
-    angle = np.deg2rad(rng.uniform(-ROTATION, ROTATION, count))  # (N,)
-    wider, higher = np.exp(rng.uniform(-ZOOM, ZOOM, (2, count)))  # (N,)
+    number, height, width, _ = images.shape
+    angle = np.deg2rad(rng.uniform(-ROTATION, ROTATION, number))  # (N,)
+    wider, higher = np.exp(rng.uniform(-ZOOM, ZOOM, (2, number)))  # (N,)
     # Pixel (x, y) of the result is pixel (a x + b y + c, d x + e y + f) of the image.
     a, b = np.cos(angle) / wider, -np.sin(angle) / wider
     d, e = np.sin(angle) / higher, np.cos(angle) / higher
