@@ -3,9 +3,10 @@
 img_S/image_test.png    test image S, enlarged
 img_S/cmap_STEP.png     its class activation map, true class, after STEP steps, over the inverted image
 img_S/evolution.png     some of these maps in one strip, with step and predicted class
-history.csv             loss and accuracy on the training images since the line before, accuracy on test images
+history.csv             loss and accuracy on the training images since the line before; accuracy and localisation
+                        (localization.py) on test images
 predictions.csv         predicted class of each test image S at each step
-accuracy.png            accuracy on test images against images seen
+accuracy.png            accuracy and localisation on test images against training images seen
 checkpoint.weights.h5   state of the training after the last line of history.csv
 """
 
@@ -24,10 +25,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cam import class_activation_model, normalize, overlay, upsample
+from localization import NAMES, evaluate
 
 HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
 PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
-TEST_PART = 500  # test images to measure accuracy on during the run; at its end it is all of them
+TEST_PART = 500  # test images to measure on during the run; at its end it is all of them
+SHOWN = ("accuracy", "gt_known")  # measures on the progress bar and in accuracy.png
 STRIP_LENGTH = 6  # maps in a strip
 
 
@@ -36,7 +39,7 @@ class Heatmaps(keras.callbacks.Callback):
 
     Args:
         folder: Path of the output folder.
-        test: The test set: images (N, H, W, channels) uint8 and labels (N,).
+        test: The test set: images (N, H, W, channels) uint8, labels (N,), and boxes (N, 4) or None.
         steps: Steps of the whole run.
         every: Steps between two heatmaps of an image.
         samples: Number of test images to draw, from the first.
@@ -69,40 +72,38 @@ class Heatmaps(keras.callbacks.Callback):
 
     def record(self, step, logs):
         """Measures, draws and saves; the state last, so that it never claims what is not there."""
-        count = max(TEST_PART, len(self.samples))
-        images, labels = self.test.images[:count], self.test.labels[:count]
-        parts = [self.cam.predict_on_batch(images[start : start + 125]) for start in range(0, len(images), 125)]
-        scores, maps = (np.concatenate(part) for part in zip(*parts, strict=True))  # S_c (N, C), M_c (N, H/4, W/4, C)
-        if not np.isfinite(scores).all():
-            raise FloatingPointError(f"the training diverged before step {step:,}; try a smaller --learning-rate")
-        classes = scores.argmax(axis=-1)  # (N,)
+        end = step == self.steps
+        part = slice(None if end else TEST_PART)
+        test = [None if values is None else values[part] for values in self.test]  # images, labels, boxes
+        try:
+            measures, _ = evaluate(self.cam, *test, thorough=end)
+        except FloatingPointError:
+            message = f"the training diverged before step {step:,}; try a smaller --learning-rate"
+            raise FloatingPointError(message) from None
+        scores, maps = self.cam.predict_on_batch(self.samples)  # S_c (S, C), M_c (S, H/4, W/4, C)
         self.draw(step, maps[np.arange(len(self.samples)), :, :, self.sample_labels])
+        classes = scores.argmax(axis=1)  # (S,)
         self.predictions.append({"step": step} | {f"img_{index}": classes[index] for index in range(len(self.samples))})
-        if step == self.steps:
-            labels = self.test.labels
-            classes = self.model.predict(self.test.images, batch_size=125, verbose=0).argmax(axis=-1)
-        accuracy = float(np.mean(classes == labels))
         self.history.append(
             {
                 "step": step,
                 "images": step * self.batch_size,
                 "loss": logs.get("loss", ""),
                 "accuracy": logs.get("accuracy", ""),
-                "test_accuracy": accuracy,
-                "test_images": len(labels),
+                "test_images": len(test[0]),
             }
+            | {f"test_{name}": value for name, value in measures.items()}
         )
         write_rows(self.folder / PREDICTIONS, self.predictions)
         write_rows(self.folder / HISTORY, self.history)
         with complete_file(self.folder / CHECKPOINT) as path:
             self.model.save_weights(path)
         self.model.reset_metrics()  # the next loss and accuracy are those of the steps in between
-        logs["test_accuracy"] = accuracy  # for the progress bar
+        logs |= {f"test_{name}": measures[name] for name in SHOWN if name in measures}  # for the progress bar
         if not sys.stdout.isatty() and step > self.first_step:
             left = (time.monotonic() - self.start) / (step - self.first_step) * (self.steps - step)
-            print(
-                f"step {step:,}: loss {logs['loss']:.3f}, test accuracy {accuracy:.1%}, {left:.0f} s left", flush=True
-            )
+            shown = ", ".join(f"{NAMES[name]} {measures[name]:.1%}" for name in SHOWN if name in measures)
+            print(f"step {step:,}: loss {logs['loss']:.3f}, test {shown}, {left:.0f} s left", flush=True)
 
     def draw(self, step, maps):
         """Draws the maps (S, H/4, W/4) of the samples' true classes."""
@@ -158,15 +159,25 @@ def draw_strip(folder, pictures):
 
 
 def draw_accuracy(folder):
-    """Draws `accuracy.png`: accuracy on test images against training images seen."""
+    """Draws `accuracy.png`: accuracy and localisation on test images against training images seen."""
     *history, last = read_rows(folder / HISTORY)
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120, layout="constrained")
-    if history:
-        seen, accuracy = [row["images"] for row in history], [100 * row["test_accuracy"] for row in history]
-        axes.plot(seen, accuracy, ".-", label=f"the first {history[0]['test_images']:,} test images")
-    final = 100 * last["test_accuracy"]
-    axes.plot(last["images"], final, "D", label=f"all {last['test_images']:,} test images: {final:.2f}%")
-    axes.set(xlabel="training images seen", ylabel="accuracy (%)", ylim=(0, 100))
+    for name in SHOWN:
+        column = f"test_{name}"
+        if column in last:
+            final = 100 * last[column]
+            points = axes.plot(
+                last["images"], final, "D", label=f"{NAMES[name]}, all {last['test_images']:,} images: {final:.2f}%"
+            )
+            if history:
+                axes.plot(
+                    [row["images"] for row in history],
+                    [100 * row[column] for row in history],
+                    ".-",
+                    color=points[0].get_color(),
+                    label=f"{NAMES[name]}, the first {history[0]['test_images']:,}",
+                )
+    axes.set(xlabel="training images seen", ylabel="share of test images (%)", ylim=(0, 100))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 
 import heatmaps
-from data.dataset import CLASSES, DataError, load_dataset
+from data.dataset import BOXES, CLASSES, DataError, load_dataset
+from distortion import distort
 from lenet import lenet, unit_variance_start
+from localization import NAMES
 
 # Settings: defaults of the two recipes. Every one is a flag of the same name, see `python mnist.py --help`.
 RECIPES = {
@@ -40,6 +42,7 @@ RECIPES = {
 }
 WARM_UP = 0.2  # share of the steps in which the default recipe's learning rate rises to its peak
 ROTATION, ZOOM = 10, 0.12  # degrees, share: how far, at most, it turns and zooms a training image
+BEND = 1.5  # pixels: standard deviation of the displacements by which it bends a training image
 LABEL_SMOOTHING = 0.1  # share of the probability that its loss spreads evenly over the classes
 BETA_2 = 0.99  # of its Adam: squared gradients averaged over about 100 steps, for a run has few thousand
 
@@ -62,6 +65,8 @@ def run(settings):
         raise SettingError(f"--batch-size {settings.batch_size} is more than the {len(train.labels)} training images")
     steps = settings.steps or settings.epochs * len(train.labels) // settings.batch_size
     print(f"{settings.data}: {len(train.labels):,} training images, {len(test.labels):,} test images")
+    if test.boxes is None:
+        print(f"{settings.data / BOXES} is missing, so localisation is not measured")
 
     # Model
     model = lenet(precision=settings.precision)
@@ -107,8 +112,10 @@ def run(settings):
     portable.set_weights(model.get_weights())
     with heatmaps.complete_file(settings.out / MODEL) as path:
         portable.save(path)
-    accuracy = recorder.history[-1]["test_accuracy"]
-    print(f"{accuracy:.2%} of all {len(test.labels):,} test images right; {time.monotonic() - start:.0f} s in all")
+    print(f"on all {len(test.labels):,} test images, after {time.monotonic() - start:.0f} s in all:")
+    for name, title in NAMES.items():
+        if f"test_{name}" in recorder.history[-1]:
+            print(f"    {title:<24}{recorder.history[-1][f'test_{name}']:8.2%}")
     print(f"look at {settings.out / 'img_0' / 'evolution.png'} and on, and at {settings.out / heatmaps.ACCURACY}")
 
 
@@ -126,21 +133,9 @@ def batches(train, batch_size, seed, first_step, original):
     for step in count(first_step):
         chosen = np.fromiter(islice(indices, batch_size), int)
         images, labels = train.images[chosen], keras.utils.to_categorical(train.labels[chosen], CLASSES)
-        yield (images if original else distort(images, np.random.default_rng((seed, 1, step)))), labels
-
-
-def distort(images, rng):
-    """Turns and zooms each image (N, H, W, 1) about its centre; what comes in from outside is black."""
-    number, height, width, _ = images.shape
-    angle = np.deg2rad(rng.uniform(-ROTATION, ROTATION, number))  # (N,)
-    wider, higher = np.exp(rng.uniform(-ZOOM, ZOOM, (2, number)))  # (N,)
-    # Pixel (x, y) of the result is pixel (a x + b y + c, d x + e y + f) of the image.
-    a, b = np.cos(angle) / wider, -np.sin(angle) / wider
-    d, e = np.sin(angle) / higher, np.cos(angle) / higher
-    x, y = (width - 1) / 2, (height - 1) / 2
-    c, f = x - a * x - b * y, y - d * x - e * y
-    transforms = np.stack([a, b, c, d, e, f, 0 * a, 0 * a], axis=1, dtype=np.float32)  # (N, 8)
-    return keras.ops.image.affine_transform(images, transforms, data_format="channels_last")
+        if not original:
+            images = distort(images, np.random.default_rng((seed, 1, step)), ROTATION, ZOOM, BEND)
+        yield images, labels
 
 
 def continue_run(settings, steps, model):

@@ -1,0 +1,186 @@
+"""How well class activation maps find the object, measured against its ground-truth bounding box.
+
+    gt_known     GT-known localisation: share of images whose box (cam.bounding_box, 20% rule) has IoU >= 0.5 with the
+                 true box; the map is that of the true class
+    top1         top-1 localisation: the same, and the predicted class is right too
+    mean_iou     mean IoU of these boxes; 0 where a map has no positive cell
+    pointing     pointing game: share of images whose map has its maximum inside the box (Zhang et al. 2016)
+    energy       share of the map's positive mass inside the box, mean over images (Wang et al. 2020)
+    max_box_acc  MaxBoxAcc: the best GT-known localisation over all thresholds of the normalised map (Choe et al. 2020)
+    pxap         PxAP: average precision of the normalised map's pixels as a score for "inside the box", pixels of all
+                 images pooled (Choe et al. 2020, with the box as the region)
+
+IoU is intersection over union. Boxes are x0, y0, x1, y1, half-open, in pixels of the image.
+"""
+
+import numpy as np
+from scipy import sparse
+
+from cam import bounding_box, normalize, upsample
+
+NAMES = {
+    "accuracy": "accuracy",
+    "gt_known": "GT-known localisation",
+    "top1": "top-1 localisation",
+    "mean_iou": "mean IoU",
+    "pointing": "pointing game",
+    "energy": "energy in the box",
+    "max_box_acc": "MaxBoxAcc",
+    "pxap": "PxAP",
+}
+IOU = 0.5  # from which on a box counts as right
+LEVELS = 100  # thresholds of MaxBoxAcc: 0, 0.01 ... 0.99
+BINS = 1000  # thresholds of PxAP
+BATCH = 125  # images at a time
+
+
+def evaluate(cam, images, labels, boxes=None, thorough=False):
+    """Accuracy of a classifier, and localisation of its maps of the true classes.
+
+    Args:
+        cam: Model made by `class_activation_model`.
+        images: (N, H, W, channels), as the model takes them.
+        labels: True classes, (N,).
+        boxes: Ground truth, (N, 4); None if unknown: then only the accuracy is measured.
+        thorough: Whether to measure MaxBoxAcc and PxAP too, which takes longer.
+
+    Returns:
+        Measures by name, each in 0..1, and the predicted classes, (N,).
+
+    Raises:
+        FloatingPointError: A score is infinite or NaN.
+    """
+    classes, found = [], []
+    for start in range(0, len(images), BATCH):
+        part = slice(start, start + BATCH)
+        scores, maps = cam.predict_on_batch(images[part])  # S_c (B, C), M_c (B, h, w, C)
+        if not np.isfinite(scores).all():
+            raise FloatingPointError("the model gives infinite or NaN scores")
+        classes.append(np.argmax(scores, axis=1))
+        if boxes is not None:
+            maps = maps[np.arange(len(maps)), :, :, labels[part]]  # (B, h, w)
+            maps = np.asarray(upsample(maps, *images.shape[1:3]))  # (B, H, W)
+            found.append(measure(maps, boxes[part], thorough))
+    classes = np.concatenate(classes)
+    right = classes == labels
+    measures = {"accuracy": right.mean()}
+    if boxes is not None:
+        found = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+        measures |= summarize(found, right)
+    return {name: float(value) for name, value in measures.items()}, classes
+
+
+def measure(maps, boxes, thorough=False):
+    """Measures each map (N, H, W), at the size of the image, against its box (N, 4).
+
+    Returns:
+        Arrays by name, whose first axis is the image: "iou" of the box by the 20% rule, "pointing" and "energy", (N,);
+        if `thorough` also "ious" at each threshold, (N, LEVELS), and the number of pixels per bin of the normalised
+        map, "inside" and "outside" of the box, (N, BINS + 1).
+    """
+    height, width = maps.shape[1:]
+    x0, y0, x1, y1 = (edge[:, None] for edge in boxes.T)  # (N, 1)
+    rows, columns = np.arange(height), np.arange(width)
+    in_box = ((y0 <= rows) & (rows < y1))[:, :, None] & ((x0 <= columns) & (columns < x1))[:, None, :]  # (N, H, W)
+    flat, flat_box = maps.reshape(len(maps), -1), in_box.reshape(len(maps), -1)  # (N, H W)
+
+    positive = np.maximum(flat, 0).astype(np.float64)
+    total = positive.sum(axis=1)
+    nothing = (0, 0, 0, 0)
+    found = {
+        "iou": intersection_over_union(np.array([bounding_box(class_map) or nothing for class_map in maps]), boxes),
+        "pointing": np.take_along_axis(flat_box, flat.argmax(axis=1)[:, None], axis=1)[:, 0],
+        "energy": (positive * flat_box).sum(axis=1) / np.where(total > 0, total, 1),
+    }
+    if thorough:
+        normalized = normalize(maps)
+        found["ious"] = intersection_over_union(boxes_at_levels(normalized), boxes[:, None])
+        bins = (normalized.reshape(flat.shape) * BINS).astype(int) + (BINS + 1) * np.arange(len(maps))[:, None]
+        for name, pixels in (("inside", flat_box), ("outside", ~flat_box)):
+            found[name] = np.bincount(bins[pixels], minlength=len(maps) * (BINS + 1)).reshape(-1, BINS + 1)
+    return found
+
+
+def summarize(found, right):
+    """Sums up what `measure` found for N images, of which `right` (N,) were classified right."""
+    localized = found["iou"] >= IOU
+    measures = {
+        "gt_known": localized.mean(),
+        "top1": (localized & right).mean(),
+        "mean_iou": found["iou"].mean(),
+        "pointing": found["pointing"].mean(),
+        "energy": found["energy"].mean(),
+    }
+    if "ious" in found:
+        measures["max_box_acc"] = (found["ious"] >= IOU).mean(axis=0).max()
+        measures["pxap"] = average_precision(found["inside"].sum(axis=0), found["outside"].sum(axis=0))
+    return measures
+
+
+def intersection_over_union(boxes, others):
+    """IoU of boxes and others, (..., 4) each and broadcast; 0 for an empty box."""
+    low = np.maximum(boxes[..., :2], others[..., :2])
+    high = np.minimum(boxes[..., 2:], others[..., 2:])
+    intersection = np.maximum(high - low, 0).prod(axis=-1)
+    return intersection / (
+        (boxes[..., 2:] - boxes[..., :2]).prod(-1) + (others[..., 2:] - others[..., :2]).prod(-1) - intersection
+    )
+
+
+def average_precision(positives, negatives):
+    """Area under the curve of precision against recall: sum over thresholds of precision times gain in recall.
+
+    Args:
+        positives: Number of pixels inside the boxes per bin of the score, lowest bin first.
+        negatives: The same for the pixels outside.
+    """
+    true, false = positives[::-1].cumsum(), negatives[::-1].cumsum()  # at or above each threshold, highest first
+    return np.sum(true / np.maximum(true + false, 1) * positives[::-1]) / true[-1]
+
+
+def boxes_at_levels(maps):
+    """The box around the largest component of map >= t, for t = 0, 1/LEVELS ... of maps (N, H, W) in 0..1.
+
+    Returns:
+        (N, LEVELS, 4) int; zeros where there is no such cell.
+    """
+    levels = np.minimum(maps * LEVELS, LEVELS - 1).astype(np.uint8)
+    return np.stack([largest_boxes(levels >= level) for level in range(LEVELS)], axis=1)
+
+
+def largest_boxes(masks):
+    """The box around the largest connected component of each of the masks (N, H, W).
+
+    As in `bounding_box`, cells that touch at a corner are connected, and of equal components the first in reading order
+    counts. Here it is found for all masks at once, from runs: cells side by side in a row, of which there are few.
+
+    Returns:
+        (N, 4) int; zeros for a mask without a cell.
+    """
+    number, height, width = masks.shape
+    # An empty row below each mask and an empty column to its right keep apart what is so in reading order.
+    cells = np.pad(masks, ((0, 0), (0, 1), (0, 1))).ravel()
+    row = width + 1
+    starts, ends = np.flatnonzero(np.diff(cells, prepend=False)).reshape(-1, 2).T
+    # Runs of the next row that touch a run: those that end after its start and start before its end, or one beyond.
+    first, last = np.searchsorted(ends, starts + row, "left"), np.searchsorted(starts, ends + row, "right")
+    touching = last - first
+    above = np.repeat(np.arange(len(starts)), touching)
+    below = np.arange(touching.sum()) - np.repeat(touching.cumsum() - touching - first, touching)
+    graph = sparse.coo_array((np.ones(len(above), bool), (above, below)), (len(starts), len(starts)))
+    count, component = sparse.csgraph.connected_components(graph, directed=False)
+
+    area = np.bincount(component, ends - starts)
+    x0, begin = np.full((2, count), cells.size)
+    x1, end = np.zeros((2, count), int)
+    np.minimum.at(x0, component, starts % row)
+    np.maximum.at(x1, component, ends % row)
+    np.minimum.at(begin, component, starts)
+    np.maximum.at(end, component, ends)
+    image = begin // (row * (height + 1))
+    y0, y1 = begin // row - image * (height + 1), end // row + 1 - image * (height + 1)
+    order = np.lexsort((begin, -area, image))
+    images, best = np.unique(image[order], return_index=True)
+    boxes = np.zeros((number, 4), int)
+    boxes[images] = np.stack([x0, y0, x1, y1], axis=1)[order[best]]
+    return boxes

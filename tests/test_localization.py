@@ -1,0 +1,150 @@
+"""localization.py against naive computations, and against cases whose value is known."""
+
+import keras
+import numpy as np
+import pytest
+from skimage import measure
+
+import localization
+from cam import bounding_box, class_activation_model, normalize, upsample
+from lenet import lenet
+
+
+def box_of_largest(mask):
+    """The reference: one map, one threshold, scikit-image."""
+    regions = measure.regionprops(measure.label(mask, connectivity=2))
+    y0, x0, y1, x1 = max(regions, key=lambda region: region.area).bbox
+    return x0, y0, x1, y1
+
+
+def naive_iou(box, other):
+    cells, others = ({(x, y) for x in range(b[0], b[2]) for y in range(b[1], b[3])} for b in (box, other))
+    return len(cells & others) / len(cells | others)
+
+
+@pytest.fixture
+def maps():
+    """Smooth maps with several maxima, and two with many equal values."""
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(upsample(rng.normal(size=(8, 6, 7)).astype(np.float32), 30, 34))
+    coarse = rng.integers(0, 3, (2, 30, 34)).astype(np.float32)
+    return np.concatenate([smooth, coarse])
+
+
+@pytest.fixture
+def boxes():
+    rng = np.random.default_rng(1)
+    x0, y0 = rng.integers(0, 20, (2, 10))
+    return np.stack([x0, y0, x0 + rng.integers(1, 15, 10), y0 + rng.integers(1, 11, 10)], axis=1)
+
+
+def test_measures_are_those_of_a_naive_computation(maps, boxes):
+    found = localization.measure(maps, boxes)
+    for index, (class_map, (x0, y0, x1, y1)) in enumerate(zip(maps, boxes, strict=True)):
+        assert found["iou"][index] == pytest.approx(naive_iou(bounding_box(class_map), (x0, y0, x1, y1)))
+        y, x = np.unravel_index(class_map.argmax(), class_map.shape)
+        assert found["pointing"][index] == (x0 <= x < x1 and y0 <= y < y1)
+        positive = class_map.clip(min=0).astype(float)
+        assert found["energy"][index] == pytest.approx(positive[y0:y1, x0:x1].sum() / positive.sum())
+
+
+def test_boxes_at_all_levels_are_those_of_a_loop_over_maps_and_thresholds(maps):
+    normalized = normalize(maps)
+    boxes = localization.boxes_at_levels(normalized)
+    assert boxes.shape == (10, 100, 4)
+    for class_map, at_levels in zip(normalized, boxes, strict=True):
+        cells = np.minimum(class_map * localization.LEVELS, localization.LEVELS - 1).astype(int)
+        for level, box in enumerate(at_levels):
+            assert tuple(box) == box_of_largest(cells >= level)
+
+
+def test_a_constant_map_has_a_box_at_the_lowest_level_only():
+    boxes = localization.boxes_at_levels(np.stack([np.zeros((5, 6)), np.ones((5, 6))]))
+    assert boxes[0, 0].tolist() == [0, 0, 6, 5]
+    assert not boxes[0, 1:].any()
+    assert (boxes[1] == [0, 0, 6, 5]).all()
+
+
+def test_pixel_average_precision_is_that_of_a_loop_over_thresholds(maps, boxes):
+    found = localization.measure(maps, boxes, thorough=True)
+    measured = localization.summarize(found, np.ones(10, bool))["pxap"]
+    scores = (normalize(maps) * localization.BINS).astype(int)
+    inside = np.zeros(maps.shape, bool)
+    for mask, (x0, y0, x1, y1) in zip(inside, boxes, strict=True):
+        mask[y0:y1, x0:x1] = True
+    expected = recall = 0
+    for threshold in range(localization.BINS, -1, -1):
+        above = scores >= threshold
+        if above.any():
+            precision, before, recall = inside[above].mean(), recall, inside[above].sum() / inside.sum()
+            expected += precision * (recall - before)
+    assert measured == pytest.approx(expected)
+
+
+def test_max_box_accuracy_is_the_best_over_thresholds(maps, boxes):
+    found = localization.measure(maps, boxes, thorough=True)
+    measured = localization.summarize(found, np.ones(10, bool))["max_box_acc"]
+    cells = np.minimum(normalize(maps) * localization.LEVELS, localization.LEVELS - 1).astype(int)
+    expected = max(
+        np.mean([naive_iou(box_of_largest(c >= level), box) >= 0.5 for c, box in zip(cells, boxes, strict=True)])
+        for level in range(cells.min(axis=(1, 2)).max(), cells.max(axis=(1, 2)).min() + 1)
+    )
+    assert measured == pytest.approx(expected)
+
+
+def test_known_cases():
+    """A blob that is the box, one that is half of it, one elsewhere, and a map without a positive cell."""
+    maps = np.zeros((4, 20, 20), np.float32)
+    maps[0, 5:9, 4:10] = 1
+    maps[1, 5:9, 4:7] = 1
+    maps[2, 12:14, 12:14] = 1
+    maps[3] = -1
+    boxes = np.tile([4, 5, 10, 9], (4, 1))
+    found = localization.measure(maps, boxes, thorough=True)
+    assert found["iou"].tolist() == [1, 0.5, 0, 0]
+    assert found["pointing"].tolist() == [True, True, False, False]
+    assert found["energy"].tolist() == [1, 1, 0, 0]
+    measures = localization.summarize(found, right=np.array([True, False, True, True]))
+    assert measures["gt_known"] == 0.5
+    assert measures["top1"] == 0.25
+    assert measures["mean_iou"] == 0.375
+    assert measures["pointing"] == 0.5
+    assert measures["energy"] == 0.5
+    assert measures["max_box_acc"] == 0.5
+    # At the highest threshold 36 + 4 cells, 36 of them inside, of 96; then all 1,600 cells.
+    assert measures["pxap"] == pytest.approx(36 / 40 * 36 / 96 + 96 / 1600 * 60 / 96)
+
+
+def test_perfect_maps_measure_one():
+    maps = np.zeros((3, 12, 12))
+    maps[:, 2:6, 3:9] = 1
+    found = localization.measure(maps, np.tile([3, 2, 9, 6], (3, 1)), thorough=True)
+    assert set(localization.summarize(found, np.ones(3, bool)).values()) == {1.0}
+
+
+def test_evaluate_is_the_same_whatever_the_batches(monkeypatch):
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (7, 24, 20, 1), dtype=np.uint8)
+    labels, boxes = rng.integers(0, 10, 7), np.tile([2, 3, 9, 11], (7, 1))
+    model = class_activation_model(lenet())
+    whole, classes = localization.evaluate(model, images, labels, boxes, thorough=True)
+    monkeypatch.setattr(localization, "BATCH", 3)
+    parts, same = localization.evaluate(model, images, labels, boxes, thorough=True)
+    assert whole == pytest.approx(parts, rel=1e-4)
+    assert classes.tolist() == same.tolist()
+    assert whole["accuracy"] == (classes == labels).mean()
+    # The maps that count are those of the true classes.
+    maps = model.predict(images, verbose=0)[1][np.arange(7), :, :, labels]
+    measures = localization.summarize(
+        localization.measure(np.asarray(upsample(maps, 24, 20)), boxes), right=classes == labels
+    )
+    assert {name: whole[name] for name in measures} == pytest.approx(measures, rel=1e-4)
+    assert list(localization.evaluate(model, images, labels)[0]) == ["accuracy"]
+
+
+def test_a_diverged_model_is_refused():
+    model = lenet()
+    model.get_layer("softmax_weights").kernel.assign(np.full((64, 10), np.nan))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        localization.evaluate(class_activation_model(model), np.full((2, 8, 8, 1), 9, np.uint8), np.array([1, 2]))
