@@ -3,10 +3,14 @@
 img_S/image_test.png    test image S, enlarged
 img_S/cmap_STEP.png     its class activation map, true class, after STEP steps, over the inverted image
 img_S/evolution.png     some of these maps in one strip, with step and predicted class
+img_S/classes.png       at the end, the maps of all classes on one scale, with their logits S_c
+overview.png            for each class one image, and its maps through the steps
+index.html              all of this to browse (page.py)
 history.csv             loss and accuracy on the training images since the line before; accuracy and localisation
                         (localization.py) on test images
 predictions.csv         predicted class of each test image S at each step
 accuracy.png            accuracy and localisation on test images against training images seen
+maps/STEP.npy           the maps in cmap_STEP.png as they are, (S, H/4, W/4) float32
 checkpoint.weights.h5   state of the training after the last line of history.csv
 """
 
@@ -26,12 +30,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cam import class_activation_model, normalize, overlay, upsample
 from localization import NAMES, evaluate
+from page import draw_page
 
 HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
 PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
 TEST_PART = 500  # test images to measure on during the run; at its end it is all of them
 SHOWN = ("accuracy", "gt_known")  # measures on the progress bar and in accuracy.png
 STRIP_LENGTH = 6  # maps in a strip
+OVERVIEW, PAGE, MAPS = "overview.png", "index.html", "maps"
 
 
 class Heatmaps(keras.callbacks.Callback):
@@ -63,6 +69,7 @@ class Heatmaps(keras.callbacks.Callback):
             for index, image in enumerate(self.samples):
                 (self.folder / f"img_{index}").mkdir(parents=True, exist_ok=True)
                 save_picture(enlarge(image[:, :, 0]), self.folder / f"img_{index}" / "image_test.png")
+            (self.folder / MAPS).mkdir(exist_ok=True)
             self.record(0, {})
 
     def on_train_batch_end(self, batch, logs=None):
@@ -81,7 +88,10 @@ class Heatmaps(keras.callbacks.Callback):
             message = f"the training diverged before step {step:,}; try a smaller --learning-rate"
             raise FloatingPointError(message) from None
         scores, maps = self.cam.predict_on_batch(self.samples)  # S_c (S, C), M_c (S, H/4, W/4, C)
-        self.draw(step, maps[np.arange(len(self.samples)), :, :, self.sample_labels])
+        maps = maps[np.arange(len(maps)), :, :, self.sample_labels]  # (S, H/4, W/4)
+        self.draw(step, maps)
+        with complete_file(self.folder / MAPS / f"{step}.npy") as path:
+            np.save(path, maps)
         classes = scores.argmax(axis=1)  # (S,)
         self.predictions.append({"step": step} | {f"img_{index}": classes[index] for index in range(len(self.samples))})
         self.history.append(
@@ -123,44 +133,104 @@ def enlarge(picture):
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def draw_evolution(folder, labels):
-    """Draws `img_S/evolution.png` for each test image S from the pictures that the run left.
+def draw_figures(folder, cam, test, samples):
+    """Draws all that sums up a run, from what it left.
 
     Args:
         folder: Path of the output folder.
-        labels: True classes of the images, (S,).
+        cam: Model made by `class_activation_model` from the trained model.
+        test: The test set, as for `Heatmaps`.
+        samples: Number of test images that were drawn.
     """
-    predictions = read_rows(folder / PREDICTIONS)
+    images, labels, boxes = (None if values is None else values[:samples] for values in test)
+    history, predictions = read_rows(folder / HISTORY), read_rows(folder / PREDICTIONS)
+    draw_accuracy(folder, history)
     # Most happens early: steps at about equal ratios, the first and the last among them.
     positions = np.unique(np.geomspace(1, len(predictions), STRIP_LENGTH).round().astype(int)) - 1
-    rows = [predictions[position] for position in positions]
-    for index, label in enumerate(labels):
-        pictures = [("image_test.png", f"test image {index}: {label}", "black")]
-        for row in rows:
-            predicted = row[f"img_{index}"]
-            color = "black" if predicted == label else "firebrick"
-            pictures.append((f"cmap_{row['step']}.png", f"step {row['step']:,}: {predicted}", color))
-        draw_strip(folder / f"img_{index}", pictures)
+    strips = [strip(folder, index, label, [predictions[p] for p in positions]) for index, label in enumerate(labels)]
+    for index, row in enumerate(strips):
+        draw_grid(folder / f"img_{index}" / "evolution.png", [row])
+    draw_grid(
+        folder / OVERVIEW, [strips[index] for index in np.unique(labels, return_index=True)[1]], PICTURE_SIDE // 2
+    )
+    draw_classes(folder, cam, images, labels)
+    predicted = [[row[f"img_{index}"] for index in range(len(labels))] for row in predictions]
+    with complete_file(folder / PAGE) as path:
+        names = {name: NAMES[name] for name in SHOWN}
+        draw_page(
+            path, images, labels, boxes, history, predicted, lambda step: np.load(folder / MAPS / f"{step}.npy"), names
+        )
 
 
-def draw_strip(folder, pictures):
-    """Draws the pictures (file, title, color of the title) side by side as `folder`/evolution.png."""
-    images = [Image.open(folder / name) for name, _, _ in pictures]
-    width, height = images[0].size
-    title, gap = 48, 8  # pixels
-    strip = Image.new("RGB", (len(images) * (width + gap), title + height), "white")
-    draw = ImageDraw.Draw(strip)
-    for place, (image, (_, text, color)) in enumerate(zip(images, pictures, strict=True)):
-        left = place * (width + gap)
-        strip.paste(image, (left, title))
-        font = ImageFont.load_default(size=min(28, width // 8))
-        draw.text((left + width // 2, title // 2), text, color, font, anchor="mm")
-    save_picture(np.asarray(strip), folder / "evolution.png")
+def strip(folder, index, label, rows):
+    """Pictures of test image `index`, for `draw_grid`: itself, and its maps at some steps."""
+    pictures = [(folder / f"img_{index}" / "image_test.png", f"test image {index}: {label}", "black")]
+    for row in rows:
+        predicted = row[f"img_{index}"]
+        color = "black" if predicted == label else "firebrick"
+        path = folder / f"img_{index}" / f"cmap_{row['step']}.png"
+        pictures.append((path, f"step {row['step']:,}: {predicted}", color))
+    return pictures
 
 
-def draw_accuracy(folder):
+def draw_classes(folder, cam, images, labels):
+    """Draws `img_S/classes.png` of each image: the maps of all classes on one scale, with the logits S_c."""
+    scores, maps = cam.predict_on_batch(images)  # S_c (S, C), M_c (S, h, w, C)
+    low, high = maps.min(axis=(1, 2, 3)), maps.max(axis=(1, 2, 3))
+    maps = np.asarray(upsample(maps, *images.shape[1:3]))  # (S, H, W, C)
+    for index, image in enumerate(images):
+        scaled = (maps[index] - low[index]) / max(high[index] - low[index], np.finfo(np.float32).tiny)
+        pictures = [(enlarge(image[:, :, 0]), f"test image {index}: {labels[index]}", "black")]
+        for label, score in enumerate(scores[index]):
+            color = "black" if score < scores[index].max() else "seagreen" if label == labels[index] else "firebrick"
+            picture = enlarge(overlay(image, scaled[:, :, label].clip(0, 1)))
+            pictures.append((picture, f"{label}: S = {score:.1f}", color))
+        pictures.append((color_scale(low[index], high[index]), "M", "black"))
+        draw_grid(folder / f"img_{index}" / "classes.png", [pictures[:6], pictures[6:]], PICTURE_SIDE // 2)
+
+
+def color_scale(low, high):
+    """A picture of the colormap from the lowest value of the maps, below, to the highest."""
+    colors = overlay(
+        np.full((PICTURE_SIDE, 100), 255, np.uint8), np.linspace(1, 0, PICTURE_SIDE)[:, None].repeat(100, 1), opacity=1
+    )
+    picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), "white")
+    picture.paste(Image.fromarray(colors), (0, 0))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=48)
+    for place, value in ((24, high), (PICTURE_SIDE // 2, (low + high) / 2), (PICTURE_SIDE - 24, low)):
+        draw.text((120, place), f"{value:.1f}", "black", font, anchor="lm")
+    return np.asarray(picture)
+
+
+def draw_grid(path, rows, side=None):
+    """Draws rows of pictures.
+
+    Args:
+        path: File to write.
+        rows: Lists of (picture, title, color of the title); a picture is a path or an array.
+        side: Pixels of a picture's longer side in the grid; None for as it is.
+    """
+    rows = [
+        [(Image.fromarray(p) if isinstance(p, np.ndarray) else Image.open(p), text, color) for p, text, color in row]
+        for row in rows
+    ]
+    width, height = rows[0][0][0].size
+    if side:
+        width, height = (round(length * side / max(width, height)) for length in (width, height))
+    font = ImageFont.load_default(size=min(28, width // 8))
+    title, gap = 2 * font.size, 8  # pixels
+    grid = Image.new("RGB", (max(map(len, rows)) * (width + gap), len(rows) * (title + height)), "white")
+    draw = ImageDraw.Draw(grid)
+    for top, row in zip(range(0, grid.height, title + height), rows, strict=True):
+        for left, (image, text, color) in zip(range(0, grid.width, width + gap), row, strict=False):
+            grid.paste(image.resize((width, height), Image.Resampling.BOX), (left, top + title))
+            draw.text((left + width // 2, top + title // 2), text, color, font, anchor="mm")
+    save_picture(np.asarray(grid), path)
+
+
+def draw_accuracy(folder, history):
     """Draws `accuracy.png`: accuracy and localisation on test images against training images seen."""
-    *history, last = read_rows(folder / HISTORY)
+    *history, last = history
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120, layout="constrained")
     for name in SHOWN:
         column = f"test_{name}"
@@ -191,7 +261,8 @@ def clear(folder):
     for directory in folder.glob("img_*"):
         if directory.name.removeprefix("img_").isdecimal():
             shutil.rmtree(directory)
-    for name in (HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT):
+    shutil.rmtree(folder / MAPS, ignore_errors=True)
+    for name in (HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT, OVERVIEW, PAGE):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import heatmaps
+from cam import class_activation_model
 from data.dataset import BOXES, CLASSES, DataError, load_dataset
 from distortion import distort
 from lenet import lenet, unit_variance_start
@@ -106,17 +107,16 @@ def run(settings):
         )
 
     # What the run leaves
-    heatmaps.draw_evolution(settings.out, test.labels[: settings.samples])
-    heatmaps.draw_accuracy(settings.out)
     portable = lenet()  # the same weights in float32, for any machine
     portable.set_weights(model.get_weights())
     with heatmaps.complete_file(settings.out / MODEL) as path:
         portable.save(path)
+    heatmaps.draw_figures(settings.out, class_activation_model(portable), test, settings.samples)
     print(f"on all {len(test.labels):,} test images, after {time.monotonic() - start:.0f} s in all:")
     for name, title in NAMES.items():
         if f"test_{name}" in recorder.history[-1]:
             print(f"    {title:<24}{recorder.history[-1][f'test_{name}']:8.2%}")
-    print(f"look at {settings.out / 'img_0' / 'evolution.png'} and on, and at {settings.out / heatmaps.ACCURACY}")
+    print(f"open {settings.out / heatmaps.PAGE}, or look at {settings.out / heatmaps.OVERVIEW}")
 
 
 def batches(train, batch_size, seed, first_step, original):

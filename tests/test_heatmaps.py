@@ -60,11 +60,13 @@ def test_clear_deletes_what_a_run_writes_and_nothing_else(tmp_path):
         "predictions.csv",
         "accuracy.png",
         "checkpoint.weights.h5",
+        "index.html",
+        "overview.png",
         "notes.txt",
         "img_mine.png",
     ):
         (tmp_path / name).write_text("")
-    for name in ("img_0", "img_12", "img_mine"):
+    for name in ("img_0", "img_12", "maps", "img_mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "image_test.png").write_text("")
     heatmaps.clear(tmp_path)

@@ -53,10 +53,13 @@ def test_what_a_run_writes(small_run):
     maps = [f"cmap_{step}.png" for step in (0, 2, 4, 5)]
     for sample in range(4):
         assert sorted(path.name for path in (out / f"img_{sample}").iterdir()) == sorted(
-            [*maps, "evolution.png", "image_test.png"]
+            [*maps, "classes.png", "evolution.png", "image_test.png"]
         )
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(
-        ["accuracy.png", "checkpoint.weights.h5", "history.csv", "lenet.keras", "predictions.csv", "settings.json"]
+        [
+            *("accuracy.png", "checkpoint.weights.h5", "history.csv", "index.html", "lenet.keras", "overview.png"),
+            *("predictions.csv", "settings.json"),
+        ]
     )
     history = rows(out / "history.csv")
     assert [row["step"] for row in history] == ["0", "2", "4", "5"]
@@ -101,7 +104,7 @@ def test_the_console_is_quiet(small_run):
     assert "boxes.txt is missing" in lines[1]
     assert "on all 9 test images" in lines[-3]
     assert "accuracy" in lines[-2]
-    assert "evolution.png" in lines[-1]
+    assert "index.html" in lines[-1]
 
 
 def test_the_saved_model_is_float32_and_has_the_accuracy_of_the_history(small_run, small_data):
@@ -142,7 +145,16 @@ def test_an_interrupted_run_continues_where_it_stopped(small_data, tmp_path):
     continued = run(*arguments, killed)
     assert continued.returncode == 0, continued.stderr
     assert "continuing after step" in continued.stdout
-    for name in ("history.csv", "predictions.csv", "img_0/cmap_30.png", "img_3/evolution.png", "accuracy.png"):
+    for name in (
+        "history.csv",
+        "predictions.csv",
+        "img_0/cmap_30.png",
+        "img_3/evolution.png",
+        "accuracy.png",
+        "index.html",
+        "overview.png",
+        "img_1/classes.png",
+    ):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
