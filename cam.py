@@ -9,7 +9,9 @@
 so S_c is the average of M_c over the cells. Arrays are (N, H, W, ...): images, rows, columns.
 """
 
-import keras
+from quiet import keras  # first, to keep TensorFlow's start-up log off the console
+
+# isort: split
 import matplotlib
 import numpy as np
 from keras import layers, ops
@@ -67,7 +69,7 @@ def class_activation_model(model):
         )
     dense, pooling = tail[0], tail[-1]
     scores_and_maps = ScoresAndMaps(dense, name="scores_and_maps")(pooling.input)
-    cam = keras.Model(model.inputs, scores_and_maps, name=f"{model.name}_cam")
+    cam = keras.Model(model.input, scores_and_maps, name=f"{model.name}_cam")
     # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
     cam.compile(jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
     return cam
@@ -152,3 +154,9 @@ def bounding_box(class_map, threshold=0.2):
     regions = measure.regionprops(measure.label(class_map > threshold * maximum))
     y0, x0, y1, x1 = max(regions, key=lambda region: region.area).bbox
     return x0, y0, x1, y1
+
+
+if __name__ == "__main__":
+    from show import main  # the command line: your own images, your own network
+
+    main()

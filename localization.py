@@ -17,6 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from cam import bounding_box, normalize, upsample
+from data.dataset import progress
 
 NAMES = {
     "accuracy": "accuracy",
@@ -51,7 +52,8 @@ def evaluate(cam, images, labels, boxes=None, thorough=False):
         FloatingPointError: A score is infinite or NaN.
     """
     classes, found = [], []
-    for start in range(0, len(images), BATCH):
+    starts = range(0, len(images), BATCH)
+    for start in progress(starts, len(starts), "measuring in batches") if thorough else starts:
         part = slice(start, start + BATCH)
         scores, maps = cam.predict_on_batch(images[part])  # S_c (B, C), M_c (B, h, w, C)
         if not np.isfinite(scores).all():
@@ -68,6 +70,12 @@ def evaluate(cam, images, labels, boxes=None, thorough=False):
         found = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         measures |= summarize(found, right)
     return {name: float(value) for name, value in measures.items()}, classes
+
+
+def table(measures, count):
+    """The measures of `count` test images as lines of text."""
+    lines = [f"    {title:<24}{measures[name]:8.2%}" for name, title in NAMES.items() if name in measures]
+    return "\n".join([f"on all {count:,} test images", *lines])
 
 
 def measure(maps, boxes, thorough=False):

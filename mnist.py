@@ -24,7 +24,8 @@ from cam import class_activation_model
 from data.dataset import BOXES, CLASSES, DataError, load_dataset
 from distortion import distort
 from lenet import lenet, unit_variance_start
-from localization import NAMES
+from localization import NAMES, evaluate, table
+from networks import NetworkError, load_network
 
 # Settings: defaults of the two recipes. Every one is a flag of the same name, see `python mnist.py --help`.
 RECIPES = {
@@ -112,11 +113,20 @@ def run(settings):
     with heatmaps.complete_file(settings.out / MODEL) as path:
         portable.save(path)
     heatmaps.draw_figures(settings.out, class_activation_model(portable), test, settings.samples)
-    print(f"on all {len(test.labels):,} test images, after {time.monotonic() - start:.0f} s in all:")
-    for name, title in NAMES.items():
-        if f"test_{name}" in recorder.history[-1]:
-            print(f"    {title:<24}{recorder.history[-1][f'test_{name}']:8.2%}")
+    last = recorder.history[-1]
+    print(table({name: last[f"test_{name}"] for name in NAMES if f"test_{name}" in last}, len(test.labels)))
+    print(f"{time.monotonic() - start:.0f} s in all")
     print(f"open {settings.out / heatmaps.PAGE}, or look at {settings.out / heatmaps.OVERVIEW}")
+
+
+def evaluate_only(settings):
+    """Measures a trained network on the test images."""
+    _, test = load_dataset(settings.data)
+    model = load_network(settings.evaluate)
+    if model.input_shape[-1] != 1 or model.output_shape != (None, CLASSES):
+        raise NetworkError(f"{settings.evaluate} is no network of grey images and {CLASSES} classes")
+    measures, _ = evaluate(class_activation_model(model), *test, thorough=True)
+    print(table(measures, len(test.labels)))
 
 
 def batches(train, batch_size, seed, first_step, original):
@@ -149,7 +159,9 @@ def continue_run(settings, steps, model):
         heatmaps.clear(out)
         for name in (SETTINGS, MODEL):
             (out / name).unlink(missing_ok=True)
-    own = {name: str(value) for name, value in vars(settings).items() if name not in ("out", "fresh", "epochs")}
+    own = {
+        name: str(value) for name, value in vars(settings).items() if name not in ("out", "fresh", "epochs", "evaluate")
+    }
     own["steps"] = str(steps)
     if (out / SETTINGS).exists():
         earlier = json.loads((out / SETTINGS).read_text())
@@ -222,6 +234,7 @@ def parse_settings():
         choices=("auto", "float32", "mixed_bfloat16"),
         help="of the convolutions; auto is mixed_bfloat16 where the hardware has it" + by_recipe("precision"),
     )
+    flag("--evaluate", type=Path, metavar="MODEL", help="only measure a saved model, or a checkpoint of the original")
     flag("--fresh", action="store_true", help="delete the earlier run in --out and start over")
     settings = parser.parse_args()
     length_given = settings.epochs or settings.steps
@@ -236,8 +249,8 @@ def parse_settings():
 def main():
     settings = parse_settings()
     try:
-        run(settings)
-    except (SettingError, DataError, OSError, FloatingPointError) as error:
+        evaluate_only(settings) if settings.evaluate else run(settings)
+    except (SettingError, DataError, NetworkError, OSError, FloatingPointError) as error:
         print(f"mnist.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
