@@ -34,7 +34,7 @@ from page import draw_page
 
 HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
 PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
-TEST_PART = 500  # test images to measure on during the run; at its end it is all of them
+TEST_PART = 300  # test images to measure on during the run; at its end it is all of them
 SHOWN = ("accuracy", "gt_known")  # measures on the progress bar and in accuracy.png
 STRIP_LENGTH = 6  # maps in a strip
 OVERVIEW, PAGE, MAPS = "overview.png", "index.html", "maps"
@@ -127,9 +127,9 @@ class Heatmaps(keras.callbacks.Callback):
             list(pool.map(draw_one, range(len(heatmaps))))
 
 
-def enlarge(picture):
-    """Repeats each pixel, so that the longer side is about PICTURE_SIDE: (H, W, ...) -> (n H, n W, ...)."""
-    times = max(1, round(PICTURE_SIDE / max(picture.shape[:2])))
+def enlarge(picture, side=PICTURE_SIDE):
+    """Repeats each pixel, so that the longer side has about `side`: (H, W, ...) -> (n H, n W, ...)."""
+    times = max(1, round(side / max(picture.shape[:2])))
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
@@ -178,27 +178,27 @@ def draw_classes(folder, cam, images, labels):
     scores, maps = cam.predict_on_batch(images)  # S_c (S, C), M_c (S, h, w, C)
     low, high = maps.min(axis=(1, 2, 3)), maps.max(axis=(1, 2, 3))
     maps = np.asarray(upsample(maps, *images.shape[1:3]))  # (S, H, W, C)
+    side = PICTURE_SIDE // 2
     for index, image in enumerate(images):
         scaled = (maps[index] - low[index]) / max(high[index] - low[index], np.finfo(np.float32).tiny)
-        pictures = [(enlarge(image[:, :, 0]), f"test image {index}: {labels[index]}", "black")]
+        pictures = [(enlarge(image[:, :, 0], side), f"test image {index}: {labels[index]}", "black")]
         for label, score in enumerate(scores[index]):
             color = "black" if score < scores[index].max() else "seagreen" if label == labels[index] else "firebrick"
-            picture = enlarge(overlay(image, scaled[:, :, label].clip(0, 1)))
+            picture = enlarge(overlay(image, scaled[:, :, label].clip(0, 1)), side)
             pictures.append((picture, f"{label}: S = {score:.1f}", color))
-        pictures.append((color_scale(low[index], high[index]), "M", "black"))
-        draw_grid(folder / f"img_{index}" / "classes.png", [pictures[:6], pictures[6:]], PICTURE_SIDE // 2)
+        pictures.append((color_scale(low[index], high[index], *pictures[0][0].shape), "scale", "black"))
+        draw_grid(folder / f"img_{index}" / "classes.png", [pictures[:6], pictures[6:]])
 
 
-def color_scale(low, high):
+def color_scale(low, high, height, width):
     """A picture of the colormap from the lowest value of the maps, below, to the highest."""
-    colors = overlay(
-        np.full((PICTURE_SIDE, 100), 255, np.uint8), np.linspace(1, 0, PICTURE_SIDE)[:, None].repeat(100, 1), opacity=1
-    )
-    picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE), "white")
-    picture.paste(Image.fromarray(colors), (0, 0))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=48)
-    for place, value in ((24, high), (PICTURE_SIDE // 2, (low + high) / 2), (PICTURE_SIDE - 24, low)):
-        draw.text((120, place), f"{value:.1f}", "black", font, anchor="lm")
+    bar = overlay(np.full((height, 1), 255, np.uint8), np.linspace(1, 0, height)[:, None], opacity=1)  # (height, 1, 3)
+    picture = np.full((height, width, 3), 255, np.uint8)
+    picture[:, : width // 4] = bar
+    picture = Image.fromarray(picture)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(8, width // 8))
+    for share, value in ((0.08, high), (0.5, (low + high) / 2), (0.92, low)):
+        draw.text((width * 0.3, height * share), f"{value:.1f}", "black", font, anchor="lm")
     return np.asarray(picture)
 
 

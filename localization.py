@@ -16,7 +16,7 @@ IoU is intersection over union. Boxes are x0, y0, x1, y1, half-open, in pixels o
 import numpy as np
 from scipy import sparse
 
-from cam import bounding_box, normalize, upsample
+from cam import normalize, upsample
 from data.dataset import progress
 
 NAMES = {
@@ -94,9 +94,8 @@ def measure(maps, boxes, thorough=False):
 
     positive = np.maximum(flat, 0).astype(np.float64)
     total = positive.sum(axis=1)
-    nothing = (0, 0, 0, 0)
     found = {
-        "iou": intersection_over_union(np.array([bounding_box(class_map) or nothing for class_map in maps]), boxes),
+        "iou": intersection_over_union(bounding_boxes(maps), boxes),
         "pointing": np.take_along_axis(flat_box, flat.argmax(axis=1)[:, None], axis=1)[:, 0],
         "energy": (positive * flat_box).sum(axis=1) / np.where(total > 0, total, 1),
     }
@@ -144,6 +143,14 @@ def average_precision(positives, negatives):
     """
     true, false = positives[::-1].cumsum(), negatives[::-1].cumsum()  # at or above each threshold, highest first
     return np.sum(true / np.maximum(true + false, 1) * positives[::-1]) / true[-1]
+
+
+def bounding_boxes(maps, threshold=0.2):
+    """`cam.bounding_box` of each map (N, H, W) at once: (N, 4) int, zeros where no cell is positive."""
+    if not np.isfinite(maps).all():
+        raise ValueError("a class activation map is not finite: weights or image have infinite or NaN values")
+    maxima = maps.max(axis=(1, 2), keepdims=True)
+    return largest_boxes((maps > threshold * maxima) & (maxima > 0))
 
 
 def boxes_at_levels(maps):

@@ -33,20 +33,25 @@ RECIPES = {
         epochs=6,  # passes through the training images
         batch_size=32,  # images per step
         learning_rate=0.07,  # of Adam, at its peak
+        warm_up=0.2,  # share of the steps in which it rises to the peak; then it falls to 0 along a cosine
+        beta_2=0.99,  # of Adam: squared gradients averaged over about 100 steps, for a run has few thousand
+        label_smoothing=0.1,  # share of the probability that the loss spreads evenly over the classes
+        rotation=10.0,  # degrees by which it turns a training image, at most
+        zoom=0.12,  # share by which it zooms a training image, at most
+        bend=1.5,  # pixels by which it displaces parts of a training image, standard deviation
         precision="auto",
     ),
     "original": dict(
         steps=100_000,  # 366 epochs of 70,000 images
         batch_size=256,
         learning_rate=0.5,  # of plain gradient descent, constant
+        label_smoothing=0.0,
+        rotation=0.0,
+        zoom=0.0,
+        bend=0.0,
         precision="float32",
     ),
 }
-WARM_UP = 0.2  # share of the steps in which the default recipe's learning rate rises to its peak
-ROTATION, ZOOM = 10, 0.12  # degrees, share: how far, at most, it turns and zooms a training image
-BEND = 1.5  # pixels: standard deviation of the displacements by which it bends a training image
-LABEL_SMOOTHING = 0.1  # share of the probability that its loss spreads evenly over the classes
-BETA_2 = 0.99  # of its Adam: squared gradients averaged over about 100 steps, for a run has few thousand
 
 SETTINGS, MODEL = "settings.json", "lenet.keras"  # written to the output folder, beside what heatmaps.py lists
 
@@ -76,14 +81,14 @@ def run(settings):
         optimizer = keras.optimizers.SGD(settings.learning_rate)
     else:
         unit_variance_start(model, train.images[:256])
-        warm_up = max(1, round(WARM_UP * steps))
+        warm_up = max(1, round(settings.warm_up * steps))
         schedule = keras.optimizers.schedules.CosineDecay(
             0.0, max(1, steps - warm_up), warmup_target=settings.learning_rate, warmup_steps=warm_up
         )
-        optimizer = keras.optimizers.Adam(schedule, beta_2=BETA_2)
+        optimizer = keras.optimizers.Adam(schedule, beta_2=settings.beta_2)
     model.compile(
         optimizer,
-        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0 if original else LABEL_SMOOTHING),
+        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing),
         metrics=["accuracy"],
         # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
         jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
@@ -100,7 +105,7 @@ def run(settings):
     )
     if first_step < steps:
         model.fit(
-            batches(train, settings.batch_size, settings.seed, first_step, original),
+            batches(train, settings, first_step),
             steps_per_epoch=steps - first_step,  # one epoch to Keras: its progress bar shows the time left of the run
             callbacks=[recorder],
             shuffle=False,  # the batches are
@@ -129,23 +134,26 @@ def evaluate_only(settings):
     print(table(measures, len(test.labels)))
 
 
-def batches(train, batch_size, seed, first_step, original):
+def batches(train, settings, first_step):
     """Yields training batches without end: images (batch_size, H, W, 1) uint8, labels (batch_size, C), one-hot.
 
-    The batch of a step depends on the seed and the step alone, so that a run can continue at any step.
+    The batch of a step depends on the settings and the step alone, so that a run can continue at any step.
     """
-    total = len(train.labels)
+    total, seed = len(train.labels), settings.seed
     orders = (
-        np.arange(total) if original else np.random.default_rng((seed, 0, epoch)).permutation(total)
+        np.arange(total)
+        if settings.recipe == "original"
+        else np.random.default_rng((seed, 0, epoch)).permutation(total)
         for epoch in count()
     )
-    indices = islice((index for order in orders for index in order), first_step * batch_size, None)
+    indices = islice((index for order in orders for index in order), first_step * settings.batch_size, None)
     for step in count(first_step):
-        chosen = np.fromiter(islice(indices, batch_size), int)
-        images, labels = train.images[chosen], keras.utils.to_categorical(train.labels[chosen], CLASSES)
-        if not original:
-            images = distort(images, np.random.default_rng((seed, 1, step)), ROTATION, ZOOM, BEND)
-        yield images, labels
+        chosen = np.fromiter(islice(indices, settings.batch_size), int)
+        images = train.images[chosen]
+        if settings.rotation or settings.zoom or settings.bend:
+            rng = np.random.default_rng((seed, 1, step))
+            images = distort(images, rng, settings.rotation, settings.zoom, settings.bend)
+        yield images, keras.utils.to_categorical(train.labels[chosen], CLASSES)
 
 
 def continue_run(settings, steps, model):
@@ -226,6 +234,12 @@ def parse_settings():
     length.add_argument("--steps", type=number(1), help="batches, instead of --epochs" + by_recipe("steps"))
     flag("--batch-size", type=number(1), help="images per step" + by_recipe("batch_size"))
     flag("--learning-rate", type=number(0, kind=float), help="step size, at its peak" + by_recipe("learning_rate"))
+    flag("--warm-up", type=number(0, 1, float), help="share of the steps before the peak" + by_recipe("warm_up"))
+    flag("--beta-2", type=number(0, 0.9999, float), help="of Adam" + by_recipe("beta_2"))
+    flag("--label-smoothing", type=number(0, 0.9, float), help="of the loss" + by_recipe("label_smoothing"))
+    flag("--rotation", type=number(0, 180, float), help="of training images, degrees" + by_recipe("rotation"))
+    flag("--zoom", type=number(0, 1, float), help="of training images, share" + by_recipe("zoom"))
+    flag("--bend", type=number(0, 100, float), help="of training images, pixels" + by_recipe("bend"))
     flag("--every", default=100, type=number(1), help="steps between heatmaps of an image (default: 100)")
     flag("--samples", default=50, type=number(1), help="test images to draw heatmaps of (default: 50)")
     flag("--seed", default=0, type=number(0, 2**32 - 1), help="random seed (default: 0)")

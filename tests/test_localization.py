@@ -48,6 +48,14 @@ def test_measures_are_those_of_a_naive_computation(maps, boxes):
         assert found["energy"][index] == pytest.approx(positive[y0:y1, x0:x1].sum() / positive.sum())
 
 
+def test_boxes_of_all_maps_at_once_are_those_of_one_by_one(maps):
+    maps = np.concatenate([maps, -np.abs(maps[:2])])
+    expected = [bounding_box(class_map) or (0, 0, 0, 0) for class_map in maps]
+    np.testing.assert_array_equal(localization.bounding_boxes(maps), expected)
+    with pytest.raises(ValueError, match="not finite"):
+        localization.bounding_boxes(np.full((1, 4, 4), np.nan))
+
+
 def test_boxes_at_all_levels_are_those_of_a_loop_over_maps_and_thresholds(maps):
     normalized = normalize(maps)
     boxes = localization.boxes_at_levels(normalized)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from itertools import islice
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -192,13 +193,17 @@ def test_bad_settings(small_data, tmp_path, arguments, parts):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def settings(recipe, batch_size=4, seed=3):
+    return SimpleNamespace(**mnist.RECIPES[recipe] | {"recipe": recipe, "batch_size": batch_size, "seed": seed})
+
+
 def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
     rng = np.random.default_rng(0)
     train = Part(rng.integers(0, 256, (10, 20, 20, 1), dtype=np.uint8), np.arange(10), None)
-    from_start = list(islice(mnist.batches(train, 4, seed=3, first_step=0, original=False), 8))
-    from_five = list(islice(mnist.batches(train, 4, seed=3, first_step=5, original=False), 3))
+    from_start = list(islice(mnist.batches(train, settings("default"), first_step=0), 8))
+    from_five = list(islice(mnist.batches(train, settings("default"), first_step=5), 3))
     for (images, labels), (same_images, same_labels) in zip(from_start[5:], from_five, strict=True):
-        np.testing.assert_array_equal(np.asarray(images), np.asarray(same_images))
+        np.testing.assert_array_equal(images, same_images)
         np.testing.assert_array_equal(labels, same_labels)
     # Each image once before any comes again; another order in the next pass.
     order = np.concatenate([labels.argmax(axis=1) for _, labels in from_start])
@@ -208,7 +213,7 @@ def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
 
 def test_the_originals_batches_come_in_file_order_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (10, 20, 20, 1), dtype=np.uint8)
-    batches = mnist.batches(Part(images, np.arange(10), None), 4, seed=3, first_step=1, original=True)
+    batches = mnist.batches(Part(images, np.arange(10), None), settings("original"), first_step=1)
     for indices in ([4, 5, 6, 7], [8, 9, 0, 1]):
         batch, labels = next(batches)
         assert labels.argmax(axis=1).tolist() == indices
