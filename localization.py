@@ -150,7 +150,7 @@ def bounding_boxes(maps, threshold=0.2):
     if not np.isfinite(maps).all():
         raise ValueError("a class activation map is not finite: weights or image have infinite or NaN values")
     maxima = maps.max(axis=(1, 2), keepdims=True)
-    return largest_boxes((maps > threshold * maxima) & (maxima > 0))
+    return largest_boxes(framed((maps > threshold * maxima) & (maxima > 0), False), maps.shape)
 
 
 def boxes_at_levels(maps):
@@ -159,22 +159,29 @@ def boxes_at_levels(maps):
     Returns:
         (N, LEVELS, 4) int; zeros where there is no such cell.
     """
-    levels = np.minimum(maps * LEVELS, LEVELS - 1).astype(np.uint8)
-    return np.stack([largest_boxes(levels >= level) for level in range(LEVELS)], axis=1)
+    levels = framed(np.minimum(maps * LEVELS, LEVELS - 1).astype(np.int8), -1)
+    return np.stack([largest_boxes(levels >= level, maps.shape) for level in range(LEVELS)], axis=1)
 
 
-def largest_boxes(masks):
-    """The box around the largest connected component of each of the masks (N, H, W).
+def framed(maps, value):
+    """Maps (N, H, W) in reading order, with a row of `value` below each and a column to its right."""
+    return np.pad(maps, ((0, 0), (0, 1), (0, 1)), constant_values=value).ravel()
+
+
+def largest_boxes(cells, shape):
+    """The box around the largest connected component of each of N masks.
 
     As in `bounding_box`, cells that touch at a corner are connected, and of equal components the first in reading order
     counts. Here it is found for all masks at once, from runs: cells side by side in a row, of which there are few.
 
+    Args:
+        cells: The masks, `framed`, so that what is apart in a mask is apart in reading order.
+        shape: (N, H, W) of the masks.
+
     Returns:
         (N, 4) int; zeros for a mask without a cell.
     """
-    number, height, width = masks.shape
-    # An empty row below each mask and an empty column to its right keep apart what is so in reading order.
-    cells = np.pad(masks, ((0, 0), (0, 1), (0, 1))).ravel()
+    number, height, width = shape
     row = width + 1
     starts, ends = np.flatnonzero(np.diff(cells, prepend=False)).reshape(-1, 2).T
     # Runs of the next row that touch a run: those that end after its start and start before its end, or one beyond.

@@ -36,9 +36,9 @@ RECIPES = {
         warm_up=0.2,  # share of the steps in which it rises to the peak; then it falls to 0 along a cosine
         beta_2=0.99,  # of Adam: squared gradients averaged over about 100 steps, for a run has few thousand
         label_smoothing=0.1,  # share of the probability that the loss spreads evenly over the classes
-        rotation=10.0,  # degrees by which it turns a training image, at most
-        zoom=0.12,  # share by which it zooms a training image, at most
-        bend=1.5,  # pixels by which it displaces parts of a training image, standard deviation
+        rotation=10.0,  # degrees by which it turns a training image, at most, at the start; it fades out
+        zoom=0.12,  # share by which it zooms a training image, the same
+        bend=1.5,  # pixels by which it displaces parts of a training image, standard deviation, the same
         precision="auto",
     ),
     "original": dict(
@@ -105,7 +105,7 @@ def run(settings):
     )
     if first_step < steps:
         model.fit(
-            batches(train, settings, first_step),
+            batches(train, settings, steps, first_step),
             steps_per_epoch=steps - first_step,  # one epoch to Keras: its progress bar shows the time left of the run
             callbacks=[recorder],
             shuffle=False,  # the batches are
@@ -134,10 +134,11 @@ def evaluate_only(settings):
     print(table(measures, len(test.labels)))
 
 
-def batches(train, settings, first_step):
+def batches(train, settings, steps, first_step):
     """Yields training batches without end: images (batch_size, H, W, 1) uint8, labels (batch_size, C), one-hot.
 
-    The batch of a step depends on the settings and the step alone, so that a run can continue at any step.
+    Distortions fade out evenly over the run, so that it ends on images like those of the test. The batch of a step
+    depends on the settings and the step alone, so that a run can continue at any step.
     """
     total, seed = len(train.labels), settings.seed
     orders = (
@@ -151,8 +152,8 @@ def batches(train, settings, first_step):
         chosen = np.fromiter(islice(indices, settings.batch_size), int)
         images = train.images[chosen]
         if settings.rotation or settings.zoom or settings.bend:
-            rng = np.random.default_rng((seed, 1, step))
-            images = distort(images, rng, settings.rotation, settings.zoom, settings.bend)
+            rng, strength = np.random.default_rng((seed, 1, step)), max(0, 1 - step / steps)
+            images = distort(images, rng, *(strength * x for x in (settings.rotation, settings.zoom, settings.bend)))
         yield images, keras.utils.to_categorical(train.labels[chosen], CLASSES)
 
 

@@ -200,8 +200,8 @@ def settings(recipe, batch_size=4, seed=3):
 def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
     rng = np.random.default_rng(0)
     train = Part(rng.integers(0, 256, (10, 20, 20, 1), dtype=np.uint8), np.arange(10), None)
-    from_start = list(islice(mnist.batches(train, settings("default"), first_step=0), 8))
-    from_five = list(islice(mnist.batches(train, settings("default"), first_step=5), 3))
+    from_start = list(islice(mnist.batches(train, settings("default"), steps=10, first_step=0), 8))
+    from_five = list(islice(mnist.batches(train, settings("default"), steps=10, first_step=5), 3))
     for (images, labels), (same_images, same_labels) in zip(from_start[5:], from_five, strict=True):
         np.testing.assert_array_equal(images, same_images)
         np.testing.assert_array_equal(labels, same_labels)
@@ -211,9 +211,18 @@ def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
     assert order[:10].tolist() != order[10:20].tolist()
 
 
+def test_distortions_fade_out():
+    images = np.zeros((4, 28, 28, 1), np.uint8)
+    images[:, 4:20, 6:9] = 255
+    batches = mnist.batches(Part(images, np.arange(4), None), settings("default"), steps=8, first_step=0)
+    change = [np.abs(batch.astype(int) - images).mean() for batch, _ in islice(batches, 9)]
+    assert change[0] > change[4] > change[7] > 0
+    assert change[8] == 0
+
+
 def test_the_originals_batches_come_in_file_order_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (10, 20, 20, 1), dtype=np.uint8)
-    batches = mnist.batches(Part(images, np.arange(10), None), settings("original"), first_step=1)
+    batches = mnist.batches(Part(images, np.arange(10), None), settings("original"), steps=10, first_step=1)
     for indices in ([4, 5, 6, 7], [8, 9, 0, 1]):
         batch, labels = next(batches)
         assert labels.argmax(axis=1).tolist() == indices
