@@ -17,6 +17,8 @@ import numpy as np
 from keras import layers, ops
 from skimage import measure
 
+POOLINGS = {"average": ("GlobalAveragePooling2D", ops.mean), "max": ("GlobalMaxPooling2D", ops.max)}
+
 
 def class_activation_map(feature_maps, softmax_weights, classes=None):
     """Equation (2): M_c(x, y) = sum_k w_k^c f_k(x, y). No bias, no ReLU: M_c may be negative.
@@ -41,16 +43,17 @@ def class_activation_map(feature_maps, softmax_weights, classes=None):
     return ops.einsum("nhwk,kn->nhw", feature_maps, weights)
 
 
-def class_activation_model(model):
+def class_activation_model(model, pooling="average"):
     """Turns a classifier into a model that gives logits and class activation maps in one forward pass.
 
     Args:
         model: Keras model of the form convolutions -> GlobalAveragePooling2D -> (Dropout) -> Dense, the Dense layer
             with or without bias and softmax. Its layers are used, not copied: the maps follow its training.
+        pooling: "max" for a model with GlobalMaxPooling2D in that place: the comparison of the paper's section 3.2.
 
     Returns:
         Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], both float32. Of a
-        Dense layer with bias b_c, S_c is the average of M_c plus b_c.
+        Dense layer with bias b_c, S_c is the average of M_c plus b_c; of max pooling there is no such identity.
 
     Raises:
         ValueError: The model has another form.
@@ -61,14 +64,15 @@ def class_activation_model(model):
         tail.append(tensors[0]._keras_history.operation)
         tensors = keras.tree.flatten(tail[-1].input)
     form = [type(layer).__name__ for layer in reversed(tail) if not isinstance(layer, layers.Dropout)]
-    if form != ["GlobalAveragePooling2D", "Dense"] or tail[-1].data_format != "channels_last":
+    wanted, pool = POOLINGS[pooling]
+    if form != [wanted, "Dense"] or tail[-1].data_format != "channels_last":
         found = " -> ".join(form) or (f"{len(outputs)} outputs" if outputs else "no layer that is known yet")
         raise ValueError(
             f"no class activation map of model {model.name!r}: it ends in {found}; "
-            "needed is convolutions -> GlobalAveragePooling2D (channels last) -> (Dropout) -> Dense"
+            f"needed is convolutions -> {wanted} (channels last) -> (Dropout) -> Dense"
         )
-    dense, pooling = tail[0], tail[-1]
-    scores_and_maps = ScoresAndMaps(dense, name="scores_and_maps")(pooling.input)
+    dense, feature_maps = tail[0], tail[-1].input
+    scores_and_maps = ScoresAndMaps(dense, pool, name="scores_and_maps")(feature_maps)
     cam = keras.Model(model.input, scores_and_maps, name=f"{model.name}_cam")
     # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
     cam.compile(jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
@@ -78,12 +82,12 @@ def class_activation_model(model):
 class ScoresAndMaps(layers.Layer):
     """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C)."""
 
-    def __init__(self, dense, **kwargs):
+    def __init__(self, dense, pool, **kwargs):
         super().__init__(dtype="float32", **kwargs)
-        self.dense = dense
+        self.dense, self.pool = dense, pool
 
     def call(self, feature_maps):
-        pooled = ops.mean(feature_maps, axis=(1, 2))  # F_k: (N, K)
+        pooled = self.pool(feature_maps, axis=(1, 2))  # F_k: (N, K)
         scores = ops.matmul(pooled, self.dense.kernel)  # S_c: (N, C)
         if self.dense.use_bias:
             scores = scores + self.dense.bias

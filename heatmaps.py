@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cam import class_activation_model, normalize, overlay, upsample
+from cam import normalize, overlay, upsample
 from localization import NAMES, evaluate
 from page import draw_page
 
@@ -45,6 +45,7 @@ class Heatmaps(keras.callbacks.Callback):
 
     Args:
         folder: Path of the output folder.
+        cam: Model made by `class_activation_model` from the one that trains.
         test: The test set: images (N, H, W, channels) uint8, labels (N,), and boxes (N, 4) or None.
         steps: Steps of the whole run.
         every: Steps between two heatmaps of an image.
@@ -53,9 +54,9 @@ class Heatmaps(keras.callbacks.Callback):
         first_step: Steps that earlier, interrupted runs have done.
     """
 
-    def __init__(self, folder, test, steps, every, samples, batch_size, first_step=0):
+    def __init__(self, folder, cam, test, steps, every, samples, batch_size, first_step=0):
         super().__init__()
-        self.folder, self.test = folder, test
+        self.folder, self.cam, self.test = folder, cam, test
         self.steps, self.every, self.batch_size, self.first_step = steps, every, batch_size, first_step
         self.samples = test.images[:samples]  # (S, H, W, channels)
         self.sample_labels = test.labels[:samples]  # (S,)
@@ -63,7 +64,6 @@ class Heatmaps(keras.callbacks.Callback):
         self.predictions = [row for row in read_rows(folder / PREDICTIONS) if row["step"] <= first_step]
 
     def on_train_begin(self, logs=None):
-        self.cam = class_activation_model(self.model)
         self.start = time.monotonic()
         if self.first_step == 0:
             for index, image in enumerate(self.samples):

@@ -8,7 +8,7 @@ import keras
 from keras import layers, ops
 
 
-def lenet(channels=1, classes=10, precision="float32"):
+def lenet(channels=1, classes=10, precision="float32", pooling="average"):
     """Builds the network, with the weights of the original at its start.
 
     Args:
@@ -16,6 +16,7 @@ def lenet(channels=1, classes=10, precision="float32"):
         classes: Number of classes, C.
         precision: Keras dtype policy of the convolutions, "float32" or "mixed_bfloat16". Pooled features, softmax
             weights and logits are float32 with either.
+        pooling: "average", or "max" for the comparison in the paper's section 3.2: global max pooling.
 
     Returns:
         Keras model from images (N, H, W, channels), 0..255, to logits S_c (N, C). The feature maps f_k
@@ -30,7 +31,10 @@ def lenet(channels=1, classes=10, precision="float32"):
     x = layers.Conv2D(64, 5, padding="same", dtype=precision, name="conv2")(x)  # (N, H/2, W/2, 64)
     x = layers.MaxPooling2D(2, padding="same", dtype=precision, name="pool2")(x)  # (N, H/4, W/4, 64)
     feature_maps = layers.ReLU(dtype=precision, name="feature_maps")(x)  # f_k
-    pooled = layers.GlobalAveragePooling2D(dtype="float32", name="gap")(feature_maps)  # F_k: (N, 64)
+    global_pooling = {"average": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[pooling]
+    pooled = global_pooling(dtype="float32", name="gap" if pooling == "average" else "gmp")(
+        feature_maps
+    )  # F_k: (N, 64)
     logits = layers.Dense(  # S_c = sum_k w_k^c F_k: (N, C)
         classes,
         use_bias=False,

@@ -9,13 +9,10 @@ tarball -> array of images -> batches -> LeNet -> feature maps -> class activati
 from quiet import keras  # first, to keep TensorFlow's start-up log off the console
 
 # isort: split
-import argparse
 import json
-import platform
 import sys
 import time
 from itertools import count, islice
-from pathlib import Path
 
 import numpy as np
 
@@ -26,8 +23,9 @@ from distortion import distort
 from lenet import lenet, unit_variance_start
 from localization import NAMES, evaluate, table
 from networks import NetworkError, load_network
+from settings import parse_settings
 
-# Settings: defaults of the two recipes. Every one is a flag of the same name, see `python mnist.py --help`.
+# Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
 RECIPES = {
     "default": dict(
         epochs=6,  # passes through the training images
@@ -76,7 +74,7 @@ def run(settings):
         print(f"{settings.data / BOXES} is missing, so localisation is not measured")
 
     # Model
-    model = lenet(precision=settings.precision)
+    model = lenet(precision=settings.precision, pooling=settings.pooling)
     if original:
         optimizer = keras.optimizers.SGD(settings.learning_rate)
     else:
@@ -100,8 +98,9 @@ def run(settings):
     print(f"{steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
 
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
+    cam = class_activation_model(model, settings.pooling)
     recorder = heatmaps.Heatmaps(
-        settings.out, test, steps, settings.every, settings.samples, settings.batch_size, first_step
+        settings.out, cam, test, steps, settings.every, settings.samples, settings.batch_size, first_step
     )
     if first_step < steps:
         model.fit(
@@ -113,11 +112,11 @@ def run(settings):
         )
 
     # What the run leaves
-    portable = lenet()  # the same weights in float32, for any machine
+    portable = lenet(pooling=settings.pooling)  # the same weights in float32, for any machine
     portable.set_weights(model.get_weights())
     with heatmaps.complete_file(settings.out / MODEL) as path:
         portable.save(path)
-    heatmaps.draw_figures(settings.out, class_activation_model(portable), test, settings.samples)
+    heatmaps.draw_figures(settings.out, class_activation_model(portable, settings.pooling), test, settings.samples)
     last = recorder.history[-1]
     print(table({name: last[f"test_{name}"] for name in NAMES if f"test_{name}" in last}, len(test.labels)))
     print(f"{time.monotonic() - start:.0f} s in all")
@@ -130,7 +129,7 @@ def evaluate_only(settings):
     model = load_network(settings.evaluate)
     if model.input_shape[-1] != 1 or model.output_shape != (None, CLASSES):
         raise NetworkError(f"{settings.evaluate} is no network of grey images and {CLASSES} classes")
-    measures, _ = evaluate(class_activation_model(model), *test, thorough=True)
+    measures, _ = evaluate(class_activation_model(model, settings.pooling), *test, thorough=True)
     print(table(measures, len(test.labels)))
 
 
@@ -199,70 +198,8 @@ def continue_run(settings, steps, model):
     return done
 
 
-def has_bfloat16():
-    """Whether the device that trains is known to compute with bfloat16 in hardware."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        if gpus := tf.config.list_physical_devices("GPU"):
-            return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
-    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def parse_settings():
-    def number(least, most=sys.maxsize, kind=int):
-        def convert(text):
-            value = kind(text)
-            if not least <= value <= most:
-                raise argparse.ArgumentTypeError(f"{text} is not in {least} to {most}")
-            return value
-
-        convert.__name__ = "whole number" if kind is int else "number"
-        return convert
-
-    def by_recipe(name):
-        return f" ({', '.join(f'{recipe}: {RECIPES[recipe][name]}' for recipe in RECIPES if name in RECIPES[recipe])})"
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"mnist.py: {message}; see --help\n")  # one line, without the usage
-    flag = parser.add_argument
-    flag("--data", default="data", type=Path, help="folder of the data set (default: data)")
-    flag("--out", default="out", type=Path, help="folder to write to (default: out)")
-    flag("--recipe", default="default", choices=RECIPES, help="how to train (default: default)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(1), help="passes through the training images" + by_recipe("epochs"))
-    length.add_argument("--steps", type=number(1), help="batches, instead of --epochs" + by_recipe("steps"))
-    flag("--batch-size", type=number(1), help="images per step" + by_recipe("batch_size"))
-    flag("--learning-rate", type=number(0, kind=float), help="step size, at its peak" + by_recipe("learning_rate"))
-    flag("--warm-up", type=number(0, 1, float), help="share of the steps before the peak" + by_recipe("warm_up"))
-    flag("--beta-2", type=number(0, 0.9999, float), help="of Adam" + by_recipe("beta_2"))
-    flag("--label-smoothing", type=number(0, 0.9, float), help="of the loss" + by_recipe("label_smoothing"))
-    flag("--rotation", type=number(0, 180, float), help="of training images, degrees" + by_recipe("rotation"))
-    flag("--zoom", type=number(0, 1, float), help="of training images, share" + by_recipe("zoom"))
-    flag("--bend", type=number(0, 100, float), help="of training images, pixels" + by_recipe("bend"))
-    flag("--every", default=100, type=number(1), help="steps between heatmaps of an image (default: 100)")
-    flag("--samples", default=50, type=number(1), help="test images to draw heatmaps of (default: 50)")
-    flag("--seed", default=0, type=number(0, 2**32 - 1), help="random seed (default: 0)")
-    flag(
-        "--precision",
-        choices=("auto", "float32", "mixed_bfloat16"),
-        help="of the convolutions; auto is mixed_bfloat16 where the hardware has it" + by_recipe("precision"),
-    )
-    flag("--evaluate", type=Path, metavar="MODEL", help="only measure a saved model, or a checkpoint of the original")
-    flag("--fresh", action="store_true", help="delete the earlier run in --out and start over")
-    settings = parser.parse_args()
-    length_given = settings.epochs or settings.steps
-    for name, value in RECIPES[settings.recipe].items():
-        if getattr(settings, name) is None and not (length_given and name in ("epochs", "steps")):
-            setattr(settings, name, value)
-    if settings.precision == "auto":
-        settings.precision = "mixed_bfloat16" if has_bfloat16() else "float32"
-    return settings
-
-
 def main():
-    settings = parse_settings()
+    settings = parse_settings(__doc__, RECIPES)
     try:
         evaluate_only(settings) if settings.evaluate else run(settings)
     except (SettingError, DataError, NetworkError, OSError, FloatingPointError) as error:

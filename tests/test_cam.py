@@ -82,6 +82,16 @@ def test_score_is_the_logit_where_the_network_ends_in_a_softmax():
     )
 
 
+def test_with_max_pooling_the_scores_are_the_networks_own_and_the_maps_follow_equation_2():
+    model = lenet(pooling="max")
+    images = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 1), dtype=np.uint8)
+    scores, maps = cam.class_activation_model(model, "max").predict(images, verbose=0)
+    np.testing.assert_allclose(scores, np.asarray(model(images)), rtol=1e-5)
+    features = keras.Model(model.input, model.get_layer("feature_maps").output)(images)
+    expected = cam.class_activation_map(features, model.get_layer("softmax_weights").kernel)
+    np.testing.assert_allclose(maps, np.asarray(expected), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("size", [(100, 100), (101, 99), (30, 50), (5, 3)])
 def test_lenet_of_any_size(size):
     keras.utils.set_random_seed(0)
