@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cam import normalize, overlay, upsample
-from localization import NAMES, evaluate
+from localization import BATCH, NAMES, evaluate
 from page import draw_page
 
 HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
@@ -87,7 +87,7 @@ class Heatmaps(keras.callbacks.Callback):
         except FloatingPointError:
             message = f"the training diverged before step {step:,}; try a smaller --learning-rate"
             raise FloatingPointError(message) from None
-        scores, maps = self.cam.predict_on_batch(self.samples)  # S_c (S, C), M_c (S, H/4, W/4, C)
+        scores, maps = self.cam.predict(self.samples, batch_size=BATCH, verbose=0)  # S_c (S, C), M_c (S, H/4, W/4, C)
         maps = maps[np.arange(len(maps)), :, :, self.sample_labels]  # (S, H/4, W/4)
         self.draw(step, maps)
         with complete_file(self.folder / MAPS / f"{step}.npy") as path:
@@ -175,12 +175,12 @@ def strip(folder, index, label, rows):
 
 def draw_classes(folder, cam, images, labels):
     """Draws `img_S/classes.png` of each image: the maps of all classes on one scale, with the logits S_c."""
-    scores, maps = cam.predict_on_batch(images)  # S_c (S, C), M_c (S, h, w, C)
+    scores, maps = cam.predict(images, batch_size=BATCH, verbose=0)  # S_c (S, C), M_c (S, h, w, C)
     low, high = maps.min(axis=(1, 2, 3)), maps.max(axis=(1, 2, 3))
-    maps = np.asarray(upsample(maps, *images.shape[1:3]))  # (S, H, W, C)
     side = PICTURE_SIDE // 2
     for index, image in enumerate(images):
-        scaled = (maps[index] - low[index]) / max(high[index] - low[index], np.finfo(np.float32).tiny)
+        large = np.asarray(upsample(maps[index : index + 1], *image.shape[:2]))[0]  # (H, W, C)
+        scaled = (large - low[index]) / max(high[index] - low[index], np.finfo(np.float32).tiny)
         pictures = [(enlarge(image[:, :, 0], side), f"test image {index}: {labels[index]}", "black")]
         for label, score in enumerate(scores[index]):
             color = "black" if score < scores[index].max() else "seagreen" if label == labels[index] else "firebrick"
