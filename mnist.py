@@ -1,6 +1,6 @@
 """Trains LeNet on cluttered MNIST and shows where it looks, as training goes on.
 
-    python mnist.py                      the default recipe: 97% of unseen digits; heatmaps in out/
+    python mnist.py                      the default recipe: about 97% of unseen digits; heatmaps in out/
     python mnist.py --recipe original    the training of 2017: 100,000 steps of plain gradient descent
 
 tarball -> array of images -> batches -> LeNet -> feature maps -> class activation maps -> heatmaps
