@@ -114,9 +114,10 @@ def run(settings):
     # What the run leaves
     portable = lenet(pooling=settings.pooling)  # the same weights in float32, for any machine
     portable.set_weights(model.get_weights())
+    heatmaps.draw_figures(settings.out, class_activation_model(portable, settings.pooling), test, settings.samples)
+    # The model last: where it is, the run is finished and all else is there.
     with heatmaps.complete_file(settings.out / MODEL) as path:
         portable.save(path)
-    heatmaps.draw_figures(settings.out, class_activation_model(portable, settings.pooling), test, settings.samples)
     last = recorder.history[-1]
     print(table({name: last[f"test_{name}"] for name in NAMES if f"test_{name}" in last}, len(test.labels)))
     print(f"{time.monotonic() - start:.0f} s in all")
