@@ -64,3 +64,19 @@ def unit_variance_start(model, images):
     gain = ops.std(model(images)) ** (1 / len(kernels))  # each kernel scales the logits by its own scale
     for kernel in kernels:
         kernel.assign(kernel / gain)
+
+
+def centre_on_classes(model):
+    """Keeps the mean over the classes of each unit's softmax weights at zero, during training too.
+
+    Softmax, and so the prediction and the loss, is the same when one map is added to the maps of all classes: the loss
+    does not say what that map should be. Gradient descent leaves the mean where it is at the start; Adam, whose steps
+    do not add up to zero over the classes, makes it drift, and the maps with it. With the mean at zero M_c shows the
+    evidence for class c against the other classes.
+
+    Args:
+        model: A model made by `lenet`; its weights are changed in place.
+    """
+    kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
+    kernel.constraint = lambda weights: weights - ops.mean(weights, axis=1, keepdims=True)  # after each step
+    kernel.assign(kernel.constraint(kernel))

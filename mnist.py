@@ -20,7 +20,7 @@ import heatmaps
 from cam import class_activation_model
 from data.dataset import BOXES, CLASSES, DataError, load_dataset
 from distortion import distort
-from lenet import lenet, unit_variance_start
+from lenet import centre_on_classes, lenet, unit_variance_start
 from localization import NAMES, evaluate, table
 from networks import NetworkError, load_network
 from settings import parse_settings
@@ -79,6 +79,7 @@ def run(settings):
         optimizer = keras.optimizers.SGD(settings.learning_rate)
     else:
         unit_variance_start(model, train.images[:256])
+        centre_on_classes(model)
         warm_up = max(1, round(settings.warm_up * steps))
         schedule = keras.optimizers.schedules.CosineDecay(
             0.0, max(1, steps - warm_up), warmup_target=settings.learning_rate, warmup_steps=warm_up

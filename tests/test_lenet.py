@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from lenet import lenet, unit_variance_start
+from lenet import centre_on_classes, lenet, unit_variance_start
 
 
 def naive_lenet(images, conv1, bias1, conv2, bias2, weights):
@@ -90,6 +90,27 @@ def test_the_unit_variance_start(seed):
             np.testing.assert_allclose(value / value.std(), old / old.std(), rtol=1e-4)
         else:
             assert not value.any()
+
+
+def test_centred_weights_predict_the_same_and_stay_centred():
+    keras.utils.set_random_seed(0)
+    free, centred = lenet(), lenet()
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (32, 40, 40, 1), dtype=np.uint8), np.eye(10)[rng.integers(0, 10, 32)]
+    unit_variance_start(free, images)
+    centred.set_weights(free.get_weights())
+    centre_on_classes(centred)
+    probabilities = [np.asarray(keras.ops.softmax(model(images))) for model in (free, centred)]
+    np.testing.assert_allclose(*probabilities, atol=1e-5)
+    drift = []
+    for model in (free, centred):
+        model.compile(keras.optimizers.Adam(0.01), keras.losses.CategoricalCrossentropy(from_logits=True))
+        start = model.get_weights()[-1].mean(axis=1)
+        for _ in range(5):
+            model.train_on_batch(images, labels)
+        drift.append(np.abs(model.get_weights()[-1].mean(axis=1) - start).max())
+    assert drift[0] > 1e-3  # of Adam
+    assert drift[1] < 1e-6
 
 
 def test_bfloat16_gives_float32_logits_near_those_of_float32():
