@@ -11,17 +11,14 @@ history.csv             loss and accuracy on the training images since the line 
 predictions.csv         predicted class of each test image S at each step
 accuracy.png            accuracy and localisation on test images against training images seen
 maps/STEP.npy           the maps in cmap_STEP.png as they are, (S, H/4, W/4) float32
-checkpoint.weights.h5   state of the training after the last line of history.csv
 """
 
 import csv
 import json
-import os
 import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import keras
 import matplotlib.pyplot as plt
@@ -29,10 +26,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cam import normalize, overlay, upsample
+from files import complete_file
 from localization import BATCH, NAMES, evaluate
 from page import draw_page
 
-HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT = "history.csv", "predictions.csv", "accuracy.png", "checkpoint.weights.h5"
+HISTORY, PREDICTIONS, ACCURACY = "history.csv", "predictions.csv", "accuracy.png"
 PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
 TEST_PART = 300  # test images to measure on during the run; at its end it is all of them
 SHOWN = ("accuracy", "gt_known")  # measures on the progress bar and in accuracy.png
@@ -51,17 +49,19 @@ class Heatmaps(keras.callbacks.Callback):
         every: Steps between two heatmaps of an image.
         samples: Number of test images to draw, from the first.
         batch_size: Training images per step, for the column `images` of the history.
-        first_step: Steps that earlier, interrupted runs have done.
+        state: The `State` of the run, a callback that comes before this one.
     """
 
-    def __init__(self, folder, cam, test, steps, every, samples, batch_size, first_step=0):
+    def __init__(self, folder, cam, test, steps, every, samples, batch_size, state):
         super().__init__()
         self.folder, self.cam, self.test = folder, cam, test
-        self.steps, self.every, self.batch_size, self.first_step = steps, every, batch_size, first_step
+        self.steps, self.every, self.batch_size, self.state = steps, every, batch_size, state
+        self.first_step = state.step
         self.samples = test.images[:samples]  # (S, H, W, channels)
         self.sample_labels = test.labels[:samples]  # (S,)
-        self.history = [row for row in read_rows(folder / HISTORY) if row["step"] <= first_step]
-        self.predictions = [row for row in read_rows(folder / PREDICTIONS) if row["step"] <= first_step]
+        # What came after the saved state comes again.
+        self.history = [row for row in read_rows(folder / HISTORY) if row["step"] <= self.first_step > 0]
+        self.predictions = [row for row in read_rows(folder / PREDICTIONS) if row["step"] <= self.first_step > 0]
 
     def on_train_begin(self, logs=None):
         self.start = time.monotonic()
@@ -73,7 +73,7 @@ class Heatmaps(keras.callbacks.Callback):
             self.record(0, {})
 
     def on_train_batch_end(self, batch, logs=None):
-        step = self.first_step + batch + 1
+        step = self.state.step
         if step % self.every == 0 or step == self.steps:
             self.record(step, logs)
 
@@ -106,9 +106,8 @@ class Heatmaps(keras.callbacks.Callback):
         )
         write_rows(self.folder / PREDICTIONS, self.predictions)
         write_rows(self.folder / HISTORY, self.history)
-        with complete_file(self.folder / CHECKPOINT) as path:
-            self.model.save_weights(path)
         self.model.reset_metrics()  # the next loss and accuracy are those of the steps in between
+        self.state.save()
         logs |= {f"test_{name}": measures[name] for name in SHOWN if name in measures}  # for the progress bar
         if not sys.stdout.isatty() and step > self.first_step:
             left = (time.monotonic() - self.start) / (step - self.first_step) * (self.steps - step)
@@ -262,19 +261,8 @@ def clear(folder):
         if directory.name.removeprefix("img_").isdecimal():
             shutil.rmtree(directory)
     shutil.rmtree(folder / MAPS, ignore_errors=True)
-    for name in (HISTORY, PREDICTIONS, ACCURACY, CHECKPOINT, OVERVIEW, PAGE):
+    for name in (HISTORY, PREDICTIONS, ACCURACY, OVERVIEW, PAGE):
         (folder / name).unlink(missing_ok=True)
-
-
-@contextmanager
-def complete_file(path):
-    """Gives a path to write to; what is written there gets the name `path` at the end, or never."""
-    part = path.with_name(f"part.{path.name}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_picture(picture, path):

@@ -9,7 +9,7 @@ tarball -> array of images -> batches -> LeNet -> feature maps -> class activati
 from quiet import keras  # first, to keep TensorFlow's start-up log off the console
 
 # isort: split
-import json
+import signal
 import sys
 import time
 from itertools import count, islice
@@ -20,17 +20,19 @@ import heatmaps
 from cam import class_activation_model
 from data.dataset import BOXES, CLASSES, DataError, load_dataset
 from distortion import distort
+from files import complete_file
 from lenet import centre_on_classes, lenet, unit_variance_start
 from localization import NAMES, evaluate, table
 from networks import NetworkError, load_network
 from settings import parse_settings
+from state import MODEL, SettingError, State, claim
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
 RECIPES = {
     "default": dict(
         epochs=6,  # passes through the training images
-        batch_size=32,  # images per step
-        learning_rate=0.07,  # of Adam, at its peak
+        batch_size=16,  # images per step
+        learning_rate=0.02,  # of Adam, at its peak
         warm_up=0.2,  # share of the steps in which it rises to the peak; then it falls to 0 along a cosine
         beta_2=0.99,  # of Adam: squared gradients averaged over about 100 steps, for a run has few thousand
         label_smoothing=0.1,  # share of the probability that the loss spreads evenly over the classes
@@ -50,12 +52,6 @@ RECIPES = {
         precision="float32",
     ),
 }
-
-SETTINGS, MODEL = "settings.json", "lenet.keras"  # written to the output folder, beside what heatmaps.py lists
-
-
-class SettingError(ValueError):
-    """A setting, or what it names, cannot be used; the message says which and what to do."""
 
 
 def run(settings):
@@ -92,8 +88,9 @@ def run(settings):
         # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
         jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
     )
-    first_step = continue_run(settings, steps, model)
-    if first_step == steps and (settings.out / MODEL).exists():
+    _lock = claim(settings.out, vars(settings) | {"steps": steps}, heatmaps.clear if settings.fresh else None)
+    state = State(settings.out, model)
+    if state.step == steps and (settings.out / MODEL).exists():
         print(f"{settings.out} holds this run, finished; --fresh deletes it and starts over")
         return
     print(f"{steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
@@ -101,23 +98,27 @@ def run(settings):
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
     cam = class_activation_model(model, settings.pooling)
     recorder = heatmaps.Heatmaps(
-        settings.out, cam, test, steps, settings.every, settings.samples, settings.batch_size, first_step
+        settings.out, cam, test, steps, settings.every, settings.samples, settings.batch_size, state
     )
-    if first_step < steps:
+    if state.step < steps:
+        if state.step:
+            print(f"continuing after step {state.step:,}")
         model.fit(
-            batches(train, settings, steps, first_step),
-            steps_per_epoch=steps - first_step,  # one epoch to Keras: its progress bar shows the time left of the run
-            callbacks=[recorder],
+            batches(train, settings, steps, state.step),
+            steps_per_epoch=steps - state.step,  # one epoch to Keras: its progress bar shows the time left of the run
+            callbacks=[state, recorder],
             shuffle=False,  # the batches are
             verbose=1 if sys.stdout.isatty() else 0,
         )
+    if state.signal:
+        stop(state.signal)
 
     # What the run leaves
     portable = lenet(pooling=settings.pooling)  # the same weights in float32, for any machine
     portable.set_weights(model.get_weights())
     heatmaps.draw_figures(settings.out, class_activation_model(portable, settings.pooling), test, settings.samples)
     # The model last: where it is, the run is finished and all else is there.
-    with heatmaps.complete_file(settings.out / MODEL) as path:
+    with complete_file(settings.out / MODEL) as path:
         portable.save(path)
     last = recorder.history[-1]
     print(table({name: last[f"test_{name}"] for name in NAMES if f"test_{name}" in last}, len(test.labels)))
@@ -158,58 +159,21 @@ def batches(train, settings, steps, first_step):
         yield images, keras.utils.to_categorical(train.labels[chosen], CLASSES)
 
 
-def continue_run(settings, steps, model):
-    """Prepares the output folder, and loads the state of an interrupted run into the model.
-
-    Returns:
-        The number of steps done before; 0 for a new run.
-    """
-    out, checkpoint = settings.out, settings.out / heatmaps.CHECKPOINT
-    if settings.fresh:
-        heatmaps.clear(out)
-        for name in (SETTINGS, MODEL):
-            (out / name).unlink(missing_ok=True)
-    own = {
-        name: str(value) for name, value in vars(settings).items() if name not in ("out", "fresh", "epochs", "evaluate")
-    }
-    own["steps"] = str(steps)
-    if (out / SETTINGS).exists():
-        earlier = json.loads((out / SETTINGS).read_text())
-        for name in own:
-            if own[name] != earlier.get(name):
-                raise SettingError(
-                    f"{out} holds a run with --{name.replace('_', '-')} {earlier.get(name)}, not {own[name]}: "
-                    "continue it with that, give another --out, or start over with --fresh"
-                )
-    else:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            with heatmaps.complete_file(out / SETTINGS) as path:
-                path.write_text(json.dumps(own, indent=1))
-        except OSError as error:
-            raise SettingError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
-    if not checkpoint.exists():
-        return 0
-    model.optimizer.build(model.trainable_variables)  # only then does load_weights restore its state
-    try:
-        model.load_weights(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise SettingError(f"{checkpoint} cannot be read ({error}); start over with --fresh") from None
-    done = int(model.optimizer.iterations)
-    print(f"continuing after step {done:,}")
-    return done
+def stop(number, frame=None):
+    """Ends the program after signal `number`."""
+    print("\nstopped; the same command continues", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def main():
     settings = parse_settings(__doc__, RECIPES)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         evaluate_only(settings) if settings.evaluate else run(settings)
     except (SettingError, DataError, NetworkError, OSError, FloatingPointError) as error:
         print(f"mnist.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues after the last heatmaps", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

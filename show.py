@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from skimage import filters, transform
 
 from cam import bounding_box, class_activation_model, upsample
-from heatmaps import complete_file
+from files import complete_file
 from networks import NetworkError, keras_application, load_network
 
 LARGEST_IMAGE = 50_000_000  # pixels

@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import tarfile
-import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +26,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from files import hold
+
 TARBALL, LABELS, BOXES = "mnist_cluttered.tar.gz", "labels.txt", "boxes.txt"
 CLASSES = 10
+LOCK = "img.lock"  # of the process that extracts or generates
+
+# Limits. What a file claims about itself is checked against them before memory or disk is taken.
 LARGEST_MEMBER = 1 << 20  # bytes; a PNG of 100 x 100 has about 600
+LARGEST_HEADER = 1 << 16  # bytes of tar headers before a member
 LARGEST_SIDE = 1000  # pixels
+LARGEST_TABLE = 1 << 24  # bytes of labels.txt or boxes.txt; enough for a million lines
 
 
 class DataError(ValueError):
@@ -75,6 +81,8 @@ def load_dataset(folder):
 def read_table(path, columns):
     """Reads lines of "index<TAB>number ...", index 1, 2, 3 ... in order, as an int64 array (lines, columns)."""
     try:
+        if path.stat().st_size > LARGEST_TABLE:
+            raise DataError(f"{path} has {path.stat().st_size:,} bytes; at most {LARGEST_TABLE:,} are read")
         lines = path.read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
         raise DataError(f"{path} is missing; a data folder holds {TARBALL} and {LABELS}") from None
@@ -115,57 +123,112 @@ def load_images(tarball, folder, count):
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise DataError(f"{tarball} is missing; data/generate.py makes one") from None
-    made_from = folder / "SHA256"
-    if not made_from.exists() or made_from.read_text() != checksum:
-        # In a temporary folder, then renamed: `folder` is complete at any moment, or not there.
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.part.") as temporary:
-            fresh = Path(temporary) / folder.name
-            fresh.mkdir()
-            extract(tarball, fresh, count)
-            (fresh / made_from.name).write_text(checksum)
-            shutil.rmtree(folder, ignore_errors=True)
-            fresh.rename(folder)
-    images = np.load(folder / "images.npy", mmap_mode="r")
+    images = extracted(folder, checksum)
+    if images is None:
+        with hold(folder.with_name(LOCK)):
+            images = extracted(folder, checksum)  # by another process, meanwhile
+            if images is None:
+                images = extract(tarball, folder, count, checksum)
     if len(images) != count:
         raise DataError(f"{tarball} has {len(images):,} images, {tarball.with_name(LABELS)} has {count:,} lines")
     return images
 
 
-def extract(tarball, folder, count):
-    """Writes img_1.png ... img_{count}.png of the tarball to `folder`, and their pixels to `folder`/images.npy."""
-    images, missing = None, set(range(1, count + 1))
+def extracted(folder, checksum):
+    """Maps `folder`/images.npy if it is there, whole, and of the tarball with this checksum; else None."""
     try:
-        with tarfile.open(tarball, "r:gz") as archive, ThreadPoolExecutor() as pool:
-            members = progress(png_members(tarball, archive), count, f"extracting {tarball}")
+        if (folder / "SHA256").read_text() == checksum:
+            return np.load(folder / "images.npy", mmap_mode="r")
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def extract(tarball, folder, count, checksum):
+    """Makes `folder` in a temporary one, then renames that: it is complete at any moment, or not there."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir()
+    try:
+        decode(tarball, part, count)
+        (part / "SHA256").write_text(checksum)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return extracted(folder, checksum)
+
+
+def decode(tarball, folder, count):
+    """Writes img_1.png ... img_{count}.png of the tarball to `folder`, and their pixels to `folder`/images.npy."""
+    shape, missing = None, set(range(1, count + 1))
+    try:
+        with (
+            gzip.open(tarball) as unzipped,
+            tarfile.open(fileobj=(limited := Limited(unzipped)), mode="r:") as archive,
+            (folder / "images.npy").open("wb") as images,
+            ThreadPoolExecutor() as pool,
+        ):
+            members = progress(png_members(tarball, archive, limited, count), count, f"extracting {tarball}")
             while chunk := list(islice(members, 256)):  # bounds what waits in memory
                 for index, pixels in pool.map(lambda member: store(tarball, folder, *member), chunk):
-                    if images is None:
-                        shape = (count, *pixels.shape, 1)
-                        images = np.asarray(np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape))
+                    if shape is None:
+                        shape = pixels.shape  # (H, W)
+                        check_space(tarball, folder, count * pixels.size)
+                        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape, 1)}
+                        np.lib.format.write_array_header_1_0(images, header)
+                        first = images.tell()
                     if index not in missing:
                         raise DataError(f"{tarball}: img_{index}.png is there twice, or {LABELS} has no line for it")
-                    if pixels.shape != images.shape[1:3]:
+                    if pixels.shape != shape:
                         raise DataError(
                             f"{tarball}: img_{index}.png has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-                            f"others have {images.shape[2]} x {images.shape[1]}"
+                            f"others have {shape[1]} x {shape[0]}"
                         )
                     missing.remove(index)
-                    images[index - 1, :, :, 0] = pixels
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+                    images.seek(first + (index - 1) * pixels.size)
+                    images.write(pixels.tobytes())  # not mapped: on a full disk a mapped file kills the process
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError) as error:
         raise DataError(f"{tarball} is not a complete .tar.gz ({error}); get or generate it again") from None
     if missing:
         raise DataError(f"{tarball} has no img_{min(missing)}.png; {LABELS} has {count:,} lines")
 
 
-def png_members(tarball, archive):
+def check_space(tarball, folder, pixels):
+    needed, free = 2 * pixels, shutil.disk_usage(folder).free  # the pixels, and at most about as much for the PNGs
+    if needed > free:
+        raise OSError(f"{tarball} needs up to {needed / 1e9:.1f} GB in {folder.parent}; {free / 1e9:.1f} GB are free")
+
+
+class Limited:
+    """A file from which only so much is read as one member of a tarball may have, whatever its header claims."""
+
+    def __init__(self, file):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+        self.next_member()
+
+    def next_member(self):
+        self.left = LARGEST_HEADER + LARGEST_MEMBER
+
+    def read(self, size):
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError("its headers are too long")
+        return self.file.read(size)
+
+
+def png_members(tarball, archive, limited, count):
     """Yields (index, bytes) of each img_{index}.png; anything else in the archive is an error."""
-    for member in archive:
+    for position, member in enumerate(archive):
         name = re.fullmatch(r"(?:\./)?img_([1-9][0-9]{0,8})\.png", member.name)
+        if position > count:  # one more than the images, for the folder
+            raise DataError(f"{tarball} has more files than the {count:,} of {LABELS}")
         if member.isdir() and member.name == ".":
             continue
         if not (name and member.isreg() and member.size <= LARGEST_MEMBER):
             raise DataError(f"{tarball}: {member.name[:80]!r} is not a file img_1.png, img_2.png ... of at most 1 MiB")
         yield int(name[1]), archive.extractfile(member).read()
+        limited.next_member()
 
 
 def store(tarball, folder, index, png):

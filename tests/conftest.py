@@ -7,9 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+settings.register_profile("short", deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("fuzz", settings.get_profile("short"), max_examples=10_000)
+settings.load_profile("short")
+
+SMALL = ["--batch-size", 8, "--every", 2, "--samples", 4]  # settings of mnist.py for `small_data`
 
 
 def png(pixels):
@@ -48,6 +54,16 @@ def assert_one_line_error(process, *parts):
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
     for part in parts:
         assert part in process.stderr
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory):
+    """30 images of 40 x 44, 9 of them for testing: the first three are equal, their labels are 1, 7 and 1."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 40, 44), dtype=np.uint8)
+    images[22] = images[23] = images[21]
+    labels = np.arange(30) % 10
+    labels[21:24] = 1, 7, 1
+    return write_data(tmp_path_factory.mktemp("data"), images, labels)
 
 
 @pytest.fixture

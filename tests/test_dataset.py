@@ -1,7 +1,11 @@
 """data/dataset.py: what it reads, and what it says of files that are wrong."""
 
+import gzip
 import io
+import struct
 import tarfile
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -84,12 +88,6 @@ def test_wrong_boxes(tmp_path, random_images, box, says):
         load_dataset(write_data(tmp_path, random_images, LABELS, BOXES[:9]))
 
 
-def link(name, target):
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = tarfile.SYMTYPE, target
-    return member
-
-
 GREY = np.zeros((20, 30), np.uint8)
 COLOURED = np.zeros((20, 30, 3), np.uint8)
 COLOURED[5, 5] = 1, 2, 3
@@ -118,7 +116,12 @@ def test_wrong_images(tmp_path, random_images, image, name, says):
         load_dataset(folder)
     assert says in str(error.value)
     assert not (folder / "img").exists()
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "labels.txt", "mnist_cluttered.tar.gz"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "data",
+        "img.lock",
+        "labels.txt",
+        "mnist_cluttered.tar.gz",
+    ]
     load_dataset(write_data(folder, random_images, LABELS))  # the next good tarball works
 
 
@@ -133,12 +136,77 @@ def test_too_few_and_too_many_images(tmp_path, random_images):
         load_dataset(tmp_path)
 
 
-def test_links_are_refused(tmp_path):
+def header(name="img_1.png", kind=tarfile.REGTYPE, size=0, target=""):
+    """The 512 bytes by which a member begins."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.linkname = kind, size, target
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def huge_png(side):
+    """A PNG of a hundred bytes that claims to have side x side pixels."""
+    start = b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0d"
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    return start + chunk + struct.pack(">I", zlib.crc32(chunk)) + png(GREY)[33:]
+
+
+MEGABYTE = bytes(1 << 20)
+LARGE, BOMB = huge_png(5_000), huge_png(50_000)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "says"),
+    [
+        ([header(kind=tarfile.SYMTYPE, target="/etc/passwd")], "'img_1.png' is not a file"),
+        ([header(kind=tarfile.LNKTYPE, target="../labels.txt")], "'img_1.png' is not a file"),
+        ([header(kind=tarfile.CHRTYPE)], "'img_1.png' is not a file"),
+        ([header(kind=tarfile.FIFOTYPE)], "'img_1.png' is not a file"),
+        ([header(kind=tarfile.DIRTYPE)], "'img_1.png' is not a file"),
+        ([header("..", kind=tarfile.DIRTYPE)], "'..' is not a file"),
+        ([header(size=100 << 20), *[MEGABYTE] * 100], "'img_1.png' is not a file img_1.png, img_2.png ... of at most"),
+        ([header(size=1 << 43)], "'img_1.png' is not a file img_1.png, img_2.png ... of at most 1 MiB"),
+        ([header(kind=tarfile.XHDTYPE, size=200 << 20), *[MEGABYTE] * 200], "its headers are too long"),
+        ([header(kind=tarfile.GNUTYPE_LONGNAME, size=200 << 20), *[MEGABYTE] * 200], "its headers are too long"),
+        ([header(kind=tarfile.XHDTYPE)] * 100_000, "is not a complete .tar.gz"),
+        ([header(".", kind=tarfile.DIRTYPE)] * 1_000_000, "has more files than the 10 of labels.txt"),
+        ([header(size=len(LARGE)), LARGE, bytes(-len(LARGE) % 512)], "img_1.png is L, 5000 x 5000"),
+        ([header(size=len(BOMB)), BOMB, bytes(-len(BOMB) % 512)], "img_1.png cannot be decoded (Image size (25000"),
+    ],
+    ids=[
+        *("symbolic link", "hard link", "device", "pipe", "folder", "parent", "100 MB", "8 TB"),
+        *("long extended header", "long name", "chain of headers", "a million members", "large", "bomb"),
+    ],
+)
+def test_hostile_tarballs(tmp_path, pieces, says):
     folder = write_data(tmp_path / "data", [], LABELS)
-    with tarfile.open(folder / "mnist_cluttered.tar.gz", "w:gz") as archive:
-        archive.addfile(link("img_1.png", "/etc/passwd"))
-    with pytest.raises(DataError, match=r"'img_1\.png' is not a file"):
+    with gzip.open(folder / "mnist_cluttered.tar.gz", "wb", compresslevel=1) as file:
+        for piece in pieces:
+            file.write(piece)
+    tracemalloc.start()
+    with pytest.raises(DataError) as error:
         load_dataset(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert says in str(error.value)
+    assert peak < 20e6  # bytes
+    assert sorted(path.name for path in folder.iterdir()) == ["img.lock", "labels.txt", "mnist_cluttered.tar.gz"]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_table_of_gigabytes_is_not_read(tmp_path, random_images):
+    folder = write_data(tmp_path, random_images, LABELS)
+    with (folder / "labels.txt").open("r+b") as file:
+        file.truncate(10 << 30)  # holes: it takes no space
+    with pytest.raises(DataError, match=r"labels\.txt has 10,737,418,240 bytes; at most"):
+        load_dataset(folder)
+
+
+def test_images_that_were_damaged_after_they_were_extracted_are_extracted_again(tmp_path, random_images):
+    folder = write_data(tmp_path, random_images, LABELS)
+    load_dataset(folder)
+    (folder / "img" / "images.npy").write_bytes(b"nothing")
+    train, _ = load_dataset(folder)
+    np.testing.assert_array_equal(train.images[..., 0], random_images[:7])
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "not a tarball", "empty", "empty archive"])

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 import heatmaps
+from files import complete_file
 
 
 def test_a_file_is_complete_or_the_old_one(tmp_path):
@@ -12,14 +13,14 @@ def test_a_file_is_complete_or_the_old_one(tmp_path):
     path.write_text("old")
 
     def interrupted():
-        with heatmaps.complete_file(path) as part:
+        with complete_file(path) as part:
             part.write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert path.read_text() == "old"
-    with heatmaps.complete_file(path) as part:
+    with complete_file(path) as part:
         part.write_text("new")
     assert path.read_text() == "new"
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
@@ -59,7 +60,6 @@ def test_clear_deletes_what_a_run_writes_and_nothing_else(tmp_path):
         "history.csv",
         "predictions.csv",
         "accuracy.png",
-        "checkpoint.weights.h5",
         "index.html",
         "overview.png",
         "notes.txt",

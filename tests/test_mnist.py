@@ -2,34 +2,18 @@
 
 import csv
 import json
-import signal
-import subprocess
-import sys
-import time
 from itertools import islice
 from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, run, write_data
+from conftest import ROOT, SMALL, assert_one_line_error, run
 from PIL import Image
 
 import cam
 import mnist
 from data.dataset import Part, load_dataset
-
-SMALL = ["--batch-size", 8, "--every", 2, "--samples", 4]
-
-
-@pytest.fixture(scope="module")
-def small_data(tmp_path_factory):
-    """30 images of 40 x 44, 9 of them for testing: the first three are equal, their labels are 1, 7 and 1."""
-    images = np.random.default_rng(0).integers(0, 256, (30, 40, 44), dtype=np.uint8)
-    images[22] = images[23] = images[21]
-    labels = np.arange(30) % 10
-    labels[21:24] = 1, 7, 1
-    return write_data(tmp_path_factory.mktemp("data"), images, labels)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +26,10 @@ def small_run(small_data):
 
 def pixels(path):
     return np.asarray(Image.open(path))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
 def rows(path):
@@ -58,8 +46,8 @@ def test_what_a_run_writes(small_run):
         )
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(
         [
-            *("accuracy.png", "checkpoint.weights.h5", "history.csv", "index.html", "lenet.keras", "overview.png"),
-            *("predictions.csv", "settings.json"),
+            *("accuracy.png", "checkpoint.npz", "checkpoint.previous.npz", "history.csv", "index.html", "lenet.keras"),
+            *("lock", "overview.png", "predictions.csv", "settings.json"),
         ]
     )
     history = rows(out / "history.csv")
@@ -121,43 +109,13 @@ def test_the_saved_model_is_float32_and_has_the_accuracy_of_the_history(small_ru
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_data):
     out, _ = small_run
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = contents(out)
     process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 5, *SMALL)
     assert process.returncode == 0
     assert "finished; --fresh" in process.stdout
     process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 6, *SMALL)
     assert_one_line_error(process, "--steps 5, not 6", "--fresh")
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-
-def test_an_interrupted_run_continues_where_it_stopped(small_data, tmp_path):
-    arguments = ["mnist.py", "--data", small_data, "--steps", 30, *SMALL, "--out"]
-    whole = run(*arguments, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-
-    killed = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, *map(str, arguments), killed], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (killed / "img_0" / "cmap_8.png").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "lenet.keras").exists()
-
-    continued = run(*arguments, killed)
-    assert continued.returncode == 0, continued.stderr
-    assert "continuing after step" in continued.stdout
-    for name in (
-        "history.csv",
-        "predictions.csv",
-        "img_0/cmap_30.png",
-        "img_3/evolution.png",
-        "accuracy.png",
-        "index.html",
-        "overview.png",
-        "img_1/classes.png",
-    ):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert before == contents(out)
 
 
 def test_fresh_starts_over(small_data, tmp_path):
@@ -235,21 +193,7 @@ def test_a_broken_tarball(tmp_path, small_data):
     (tmp_path / "labels.txt").write_text((small_data / "labels.txt").read_text())
     process = run("mnist.py", "--data", tmp_path, "--out", tmp_path / "out")
     assert_one_line_error(process, "mnist_cluttered.tar.gz is not a complete .tar.gz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels.txt", "mnist_cluttered.tar.gz"]
-
-
-def test_a_damaged_checkpoint_is_named(small_data, tmp_path):
-    arguments = ["mnist.py", "--data", small_data, "--out", tmp_path, "--steps", 2, *SMALL]
-    assert run(*arguments).returncode == 0
-    (tmp_path / "checkpoint.weights.h5").write_bytes(b"nothing")
-    assert_one_line_error(run(*arguments), "checkpoint.weights.h5 cannot be read", "--fresh")
-
-
-def test_a_training_that_diverges_keeps_the_last_good_state(small_data, tmp_path):
-    rate = ["--recipe", "original", "--learning-rate", 1e18]
-    process = run("mnist.py", "--data", small_data, "--out", tmp_path, "--steps", 4, *SMALL, *rate)
-    assert_one_line_error(process, "diverged before step 2", "--learning-rate")
-    assert [row["step"] for row in rows(tmp_path / "history.csv")] == ["0"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["img.lock", "labels.txt", "mnist_cluttered.tar.gz"]
 
 
 def test_learning(tmp_path):

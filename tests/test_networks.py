@@ -1,6 +1,7 @@
 """networks.py: saved models, the original's checkpoints, and the networks of Keras, without their weights."""
 
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -78,6 +79,19 @@ def test_no_code_of_a_saved_model_is_run(tmp_path):
     model.save(tmp_path / "model.keras")
     with pytest.raises(NetworkError, match="disallowed"):
         load_network(tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize("name", ["model.npz", "model.keras", "model"])
+def test_no_pickle_is_loaded(tmp_path, name):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "code was run",)
+
+    np.savez(tmp_path / "payload.npz", **{"conv1/weights": np.array([Payload()], dtype=object)})
+    (tmp_path / "payload.npz").rename(tmp_path / name)
+    with pytest.raises(NetworkError, match=f"{name} is "):
+        load_network(tmp_path / name)
+    assert not (tmp_path / "code was run").exists()
 
 
 def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):

@@ -1,0 +1,307 @@
+"""Bad days: each fault is made to happen, and what must survive it is looked at."""
+
+import csv
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, assert_one_line_error, run, write_data
+from PIL import Image
+
+from files import PART, hold
+
+STEPS = 300
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_data, tmp_path_factory):
+    """A run that was never stopped, and the seconds that it took."""
+    out, start = tmp_path_factory.mktemp("whole"), time.monotonic()
+    process = run(*command(small_data, out))
+    assert process.returncode == 0, process.stderr
+    return out, time.monotonic() - start
+
+
+def command(data, out):
+    return ["mnist.py", "--data", data, "--out", out, "--steps", STEPS, *SMALL]
+
+
+def start(data, out, **options):
+    """Starts such a run."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, command(data, out))],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def files(folder):
+    """The content of each file of a run by name; arrays for what holds the time of its making."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".keras":
+            found[name] = [weights.tobytes() for weights in keras.models.load_model(path).get_weights()]
+        elif path.suffix == ".npz":
+            with np.load(path) as arrays:
+                found[name] = [arrays[key].tobytes() for key in arrays.files]
+        elif path.is_file() and path.name not in ("lock", "settings.json"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def assert_same(out, whole):
+    """All files of two runs are equal, except the state before the last, which is saved when a run is stopped too."""
+    one, other = files(out), files(whole)
+    assert one.keys() == other.keys()
+    different = [name for name in one if one[name] != other[name] and name != "checkpoint.previous.npz"]
+    assert not different
+
+
+def assert_nothing_is_half_written(out):
+    for path in out.rglob("*"):
+        if path.name.startswith(PART):
+            continue  # its name says what it is, and the next start deletes it
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
+        elif path.suffix in (".npz", ".npy"):
+            loaded = np.load(path)
+            assert loaded is not None
+            if path.suffix == ".npz":
+                assert all(loaded[name].size for name in loaded.files)
+        elif path.suffix == ".csv":
+            steps = [row["step"] for row in csv.DictReader(path.open())]
+            assert steps
+            assert len(set(steps)) == len(steps)
+        elif path.suffix == ".keras":
+            keras.models.load_model(path)
+
+
+def test_a_run_killed_twenty_times_ends_as_one_that_was_never_stopped(small_data, whole_run, tmp_path):
+    whole, seconds = whole_run
+    rng = np.random.default_rng()  # other moments in every run of this test; the promise is for all
+    for _ in range(20):
+        process = start(small_data, tmp_path)
+        delay = rng.uniform(0, 0.6 * seconds)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+        assert_nothing_is_half_written(tmp_path)
+    last = run(*command(small_data, tmp_path))
+    assert last.returncode == 0, last.stderr
+    assert_same(tmp_path, whole)
+    assert not list(tmp_path.rglob(PART + "*"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_asked_to_stop_ends_the_step_and_saves(small_data, whole_run, tmp_path, number, code):
+    process = start(small_data, tmp_path)
+    wait_for(tmp_path / "img_0" / "cmap_8.png", process)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == code
+    assert errors.split("\n")[-2:] == ["stopped; the same command continues", ""]
+    assert not list(tmp_path.rglob(PART + "*"))
+    assert not (tmp_path / "lenet.keras").exists()
+    continued = run(*command(small_data, tmp_path))
+    assert continued.returncode == 0, continued.stderr
+    assert "continuing after step" in continued.stdout
+    assert_same(tmp_path, whole_run[0])
+
+
+def test_a_signal_before_the_training_stops_too(small_data, tmp_path):
+    process = start(small_data, tmp_path)
+    wait_for(tmp_path / "lock", process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert (process.returncode, errors.strip()) == (143, "stopped; the same command continues")
+
+
+@pytest.fixture
+def stopped_run(whole_run, tmp_path):
+    """A copy of the whole run, stopped before its figures."""
+    out = tmp_path / "out"
+    shutil.copytree(whole_run[0], out)
+    (out / "lenet.keras").unlink()
+    return out
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "text"])
+def test_of_a_damaged_state_the_one_before_is_used(small_data, whole_run, stopped_run, damage):
+    newest = stopped_run / "checkpoint.npz"
+    if damage == "flipped":
+        flip(newest)
+    else:
+        newest.write_bytes({"truncated": newest.read_bytes()[:-2000], "empty": b"", "text": b"nothing"}[damage])
+    process = run(*command(small_data, stopped_run))
+    assert process.returncode == 0, process.stderr
+    assert f"{newest} is damaged" in process.stdout
+    assert f"continuing after step {STEPS - 2}" in process.stdout
+    assert_same(stopped_run, whole_run[0])
+
+
+def test_when_both_states_are_damaged_the_run_stops(small_data, stopped_run):
+    for name in ("checkpoint.npz", "checkpoint.previous.npz"):
+        flip(stopped_run / name)
+    before = files_as_they_are(stopped_run)
+    process = run(*command(small_data, stopped_run))
+    assert_one_line_error(process, "no state of this run that can be read", "--fresh")
+    assert files_as_they_are(stopped_run) == before
+
+
+def files_as_they_are(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_settings_of_another_run_are_refused(small_data, stopped_run):
+    before = files_as_they_are(stopped_run)
+    process = run(*command(small_data, stopped_run), "--learning-rate", 0.5)
+    assert_one_line_error(process, "--learning-rate", "not 0.5", "--fresh")
+    (stopped_run / "settings.json").write_text("{")
+    assert_one_line_error(run(*command(small_data, stopped_run)), "settings.json is damaged", "--fresh")
+    del before[stopped_run / "settings.json"]
+    assert before.items() <= files_as_they_are(stopped_run).items()
+
+
+def limited(size):
+    """No file can grow beyond `size` bytes in the process: for it, the disk is full there."""
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
+
+def test_a_full_disk_in_training(small_data, stopped_run):
+    shutil.copy(stopped_run / "checkpoint.previous.npz", stopped_run / "checkpoint.npz")  # two steps to go
+    before = files_as_they_are(stopped_run)
+    process = start(small_data, stopped_run, **limited(100_000))  # a checkpoint has six times as much
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "mnist.py: " in errors
+    assert "checkpoint.npz" in errors
+    assert len(errors.strip().splitlines()) == 1
+    after = files_as_they_are(stopped_run)
+    for name in ("checkpoint.npz", "checkpoint.previous.npz", "settings.json"):
+        assert after[stopped_run / name] == before[stopped_run / name]
+    assert_nothing_is_half_written(stopped_run)
+
+
+def test_a_full_disk_in_the_first_start(tmp_path, random_images):
+    folder = write_data(tmp_path / "data", random_images, range(10))
+    process = start(folder, tmp_path / "out", **limited(4000))  # the images have 6,000 bytes
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert len(errors.strip().splitlines()) == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["img.lock", "labels.txt", "mnist_cluttered.tar.gz"]
+
+
+def test_a_disk_that_is_too_small_for_the_images_is_named_before_it_is_full(tmp_path, random_images, monkeypatch):
+    from data.dataset import load_dataset
+
+    folder = write_data(tmp_path, random_images, range(10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 100, 100))
+    with pytest.raises(OSError, match=r"needs up to .* GB are free"):
+        load_dataset(folder)
+    assert not (folder / "img").exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can write everywhere")
+def test_an_output_folder_that_is_read_only(small_data, tmp_path):
+    tmp_path.chmod(0o555)
+    assert_one_line_error(run(*command(small_data, tmp_path)), "cannot be written", "give another folder")
+
+
+def test_two_runs_on_one_output_folder(small_data, whole_run, tmp_path):
+    first = start(small_data, tmp_path)
+    wait_for(tmp_path / "img_0" / "cmap_2.png", first)
+    assert_one_line_error(run(*command(small_data, tmp_path)), f"process {first.pid} uses {tmp_path}")
+    assert_one_line_error(run(*command(small_data, tmp_path), "--fresh"), f"process {first.pid} uses {tmp_path}")
+    first.kill()  # leaves its lock file behind
+    first.communicate()
+    second = run(*command(small_data, tmp_path))
+    assert second.returncode == 0, second.stderr
+    assert_same(tmp_path, whole_run[0])
+
+
+def test_two_first_starts_extract_once(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (2000, 60, 60), dtype=np.uint8)
+    folder = write_data(tmp_path / "data", images, np.arange(2000) % 10)
+    read = f"from data.dataset import load_dataset; load_dataset({str(folder)!r})"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", read], cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert 0 in [process.returncode for process in processes]
+    for process, error in zip(processes, errors, strict=True):
+        assert process.returncode == 0 or "BlockingIOError: process" in error
+    assert len(list((folder / "img").glob("*.png"))) == 2000
+    assert not list(folder.glob("*part*"))
+
+
+def test_the_holder_of_a_folder_is_named_until_it_lets_go(tmp_path, small_data, random_images):
+    folder = write_data(tmp_path / "data", random_images, range(10))
+    with hold(folder / "img.lock"):
+        process = run(*command(folder, tmp_path / "out"))
+        assert_one_line_error(process, f"process {os.getpid()} uses {folder}")
+    hold(folder / "img.lock").close()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_state_stays(small_data, tmp_path):
+    rate = ["--recipe", "original", "--learning-rate", 1e18]
+    process = run("mnist.py", "--data", small_data, "--out", tmp_path, "--steps", 8, *SMALL, *rate)
+    assert_one_line_error(process, "the loss is", "at step 2", "--learning-rate")
+    assert [row["step"] for row in csv.DictReader((tmp_path / "history.csv").open())] == ["0"]
+    assert_nothing_is_half_written(tmp_path)
+    with np.load(tmp_path / "checkpoint.npz") as state:
+        assert all(np.isfinite(state[name]).all() for name in state.files)
+
+
+def test_a_generator_that_is_killed_leaves_the_old_tarball_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    digits = {
+        "x_train": rng.integers(0, 256, (60, 28, 28), dtype=np.uint8),
+        "y_train": rng.integers(0, 10, 60),
+        "x_test": rng.integers(0, 256, (20, 28, 28), dtype=np.uint8),
+        "y_test": rng.integers(0, 10, 20),
+    }
+    np.savez(tmp_path / "mnist.npz", **digits)
+    out = tmp_path / "data"
+    arguments = ["data/generate.py", "--digits", tmp_path / "mnist.npz", "--out", out, "--images"]
+    assert run(*arguments, 20).returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "img.lock"}
+    part = out / f"{PART}mnist_cluttered.tar.gz"
+    for number, code in (signal.SIGINT, 130), (signal.SIGKILL, -9):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments), "100000"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(part, process)
+        process.send_signal(number)
+        _, errors = process.communicate()
+        assert process.returncode == code
+        assert "Traceback" not in errors
+        after = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert before.items() <= after.items()
+    assert run(*arguments, 20).returncode == 0  # the next run is not in the way of what was left
+    assert not list(out.glob(PART + "*"))
