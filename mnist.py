@@ -25,7 +25,7 @@ from lenet import centre_on_classes, lenet, unit_variance_start
 from localization import NAMES, evaluate, table
 from networks import NetworkError, load_network
 from settings import parse_settings
-from state import MODEL, SettingError, State, claim
+from state import MODEL, SettingError, State, claim, make_repeatable
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
 RECIPES = {
@@ -57,7 +57,7 @@ RECIPES = {
 def run(settings):
     """The experiment: from the tarball to the heatmaps."""
     start = time.monotonic()
-    keras.utils.set_random_seed(settings.seed)
+    make_repeatable(settings.seed)
     original = settings.recipe == "original"
 
     # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,)

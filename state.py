@@ -71,6 +71,15 @@ def claim(out, settings, clear):
     return lock
 
 
+def make_repeatable(seed):
+    """Makes what follows depend on the seed alone, on one machine and with one precision: bit for bit."""
+    keras.utils.set_random_seed(seed)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_op_determinism()
+
+
 class State(keras.callbacks.Callback):
     """Keras callback: restores the state, saves it when asked, and ends the training in good order.
 

@@ -107,6 +107,21 @@ def test_the_saved_model_is_float32_and_has_the_accuracy_of_the_history(small_ru
     assert right.mean() == pytest.approx(float(rows(out / "history.csv")[-1]["test_accuracy"]), abs=0.12)  # one of nine
 
 
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_run, small_data, tmp_path):
+    arguments = ["mnist.py", "--data", small_data, "--steps", 5, *SMALL]
+    assert run(*arguments, "--out", tmp_path / "same").returncode == 0
+    assert run(*arguments, "--out", tmp_path / "other", "--seed", 1).returncode == 0
+    weights = [keras.models.load_model(out / "lenet.keras").get_weights() for out in (small_run[0], tmp_path / "same")]
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    names = [path.relative_to(small_run[0]) for path in small_run[0].rglob("*") if path.suffix in (".png", ".csv")]
+    assert len(names) == 32
+    for name in names:
+        assert (tmp_path / "same" / name).read_bytes() == (small_run[0] / name).read_bytes(), name
+    for name in "history.csv", "img_0/cmap_0.png", "img_0/cmap_5.png":
+        assert (tmp_path / "other" / name).read_bytes() != (small_run[0] / name).read_bytes(), name
+
+
 def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_data):
     out, _ = small_run
     before = contents(out)
