@@ -83,7 +83,7 @@ class Heatmaps(keras.callbacks.Callback):
         part = slice(None if end else TEST_PART)
         test = [None if values is None else values[part] for values in self.test]  # images, labels, boxes
         try:
-            measures, _ = evaluate(self.cam, *test, thorough=end)
+            measures = evaluate(self.cam, *test, thorough=end)
         except FloatingPointError:
             message = f"the training diverged before step {step:,}; try a smaller --learning-rate"
             raise FloatingPointError(message) from None

@@ -46,30 +46,29 @@ def evaluate(cam, images, labels, boxes=None, thorough=False):
         thorough: Whether to measure MaxBoxAcc and PxAP too, which takes longer.
 
     Returns:
-        Measures by name, each in 0..1, and the predicted classes, (N,).
+        Measures by name, each in 0..1.
 
     Raises:
         FloatingPointError: A score is infinite or NaN.
     """
-    classes, found = [], []
+    right, found = [], []
     starts = range(0, len(images), BATCH)
     for start in progress(starts, len(starts), "measuring in batches") if thorough else starts:
         part = slice(start, start + BATCH)
         scores, maps = cam.predict_on_batch(images[part])  # S_c (B, C), M_c (B, h, w, C)
         if not np.isfinite(scores).all():
             raise FloatingPointError("the model gives infinite or NaN scores")
-        classes.append(np.argmax(scores, axis=1))
+        right.append(np.argmax(scores, axis=1) == labels[part])
         if boxes is not None:
             maps = maps[np.arange(len(maps)), :, :, labels[part]]  # (B, h, w)
             maps = np.asarray(upsample(maps, *images.shape[1:3]))  # (B, H, W)
             found.append(measure(maps, boxes[part], thorough))
-    classes = np.concatenate(classes)
-    right = classes == labels
+    right = np.concatenate(right)
     measures = {"accuracy": right.mean()}
     if boxes is not None:
         found = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         measures |= summarize(found, right)
-    return {name: float(value) for name, value in measures.items()}, classes
+    return {name: float(value) for name, value in measures.items()}
 
 
 def table(measures, count):

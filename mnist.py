@@ -132,7 +132,7 @@ def evaluate_only(settings):
     model = load_network(settings.evaluate)
     if model.input_shape[-1] != 1 or model.output_shape != (None, CLASSES):
         raise NetworkError(f"{settings.evaluate} is no network of grey images and {CLASSES} classes")
-    measures, _ = evaluate(class_activation_model(model, settings.pooling), *test, thorough=True)
+    measures = evaluate(class_activation_model(model, settings.pooling), *test, thorough=True)
     print(table(measures, len(test.labels)))
 
 

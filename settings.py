@@ -74,6 +74,9 @@ def parse_settings(description, recipes):
     flag("--evaluate", type=Path, metavar="MODEL", help="only measure a saved model, or a checkpoint of the original")
     flag("--fresh", action="store_true", help="delete the earlier run in --out and start over")
     settings = parser.parse_args()
+    for name in set().union(*recipes.values()) - set(recipes[settings.recipe]) - {"epochs", "steps"}:
+        if getattr(settings, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is no setting of --recipe {settings.recipe}")
     length_given = settings.epochs or settings.steps
     for name, value in recipes[settings.recipe].items():
         if getattr(settings, name) is None and not (length_given and name in ("epochs", "steps")):

@@ -155,6 +155,7 @@ def test_fresh_starts_over(small_data, tmp_path):
         (["--seed", "4294967296"], ["--seed", "4294967296 is not in 0 to"]),
         (["--steps", "0"], ["--steps", "0 is not in 1 to"]),
         (["--epochs", "2", "--steps", "3"], ["--steps", "--epochs"]),
+        (["--recipe", "original", "--beta-2", "0.9"], ["--beta-2 is no setting of --recipe original"]),
         (["--precision", "float8"], ["--precision", "float8"]),
         (["--out", "requirements.txt"], ["--out requirements.txt cannot be written", "give another folder"]),
         (["--out", "/proc/out"], ["--out /proc/out cannot be written"]),
