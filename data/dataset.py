@@ -234,15 +234,16 @@ def png_members(tarball, archive, limited, count):
 def store(tarball, folder, index, png):
     """Writes and decodes one PNG; returns index and pixels (H, W) uint8."""
     try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            if image.mode not in ("L", "RGB") or max(image.size) > LARGEST_SIDE:
-                raise DataError(
-                    f"{tarball}: img_{index}.png is {image.mode}, {image.width} x {image.height}; "
-                    f"8-bit grey or RGB of at most {LARGEST_SIDE} x {LARGEST_SIDE} is read"
-                )
-            pixels = np.asarray(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for a bad PNG
+        image = Image.open(io.BytesIO(png), formats=["PNG"])
+        known = image.mode in ("L", "RGB") and max(image.size) <= LARGEST_SIDE
+        pixels = np.asarray(image) if known else None
+    except Exception as error:  # Pillow raises a dozen kinds for a bad PNG
         raise DataError(f"{tarball}: img_{index}.png cannot be decoded ({error})") from None
+    if pixels is None:
+        raise DataError(
+            f"{tarball}: img_{index}.png is {image.mode}, {image.width} x {image.height}; "
+            f"8-bit grey or RGB of at most {LARGEST_SIDE} x {LARGEST_SIDE} is read"
+        )
     if pixels.ndim == 3:
         if (pixels != pixels[:, :, :1]).any():
             raise DataError(f"{tarball}: img_{index}.png has colours; three equal channels are read")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import png, write_data
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -124,6 +124,7 @@ def test_any_members(good, members, form):
 
 
 @given(CHANGES)
+@example([(11, "replace", 0)])  # a chunk IHDR without a byte
 def test_a_changed_png(changes):
     with tempfile.TemporaryDirectory() as folder:
         found = refused(store, Path("tarball"), Path(folder), 1, mutated(png(IMAGES[0]), changes))
