@@ -227,10 +227,26 @@ def test_a_disk_that_is_too_small_for_the_images_is_named_before_it_is_full(tmp_
     assert not (folder / "img").exists()
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can write everywhere")
-def test_an_output_folder_that_is_read_only(small_data, tmp_path):
-    tmp_path.chmod(0o555)
-    assert_one_line_error(run(*command(small_data, tmp_path)), "cannot be written", "give another folder")
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [("size=1m", ["No space left on device"]), ("ro", ["cannot be written", "Read-only file system"])],
+    ids=["full", "read-only"],
+)
+def test_a_real_disk(small_data, tmp_path, options, parts):
+    mount = f"mount -t tmpfs -o {options} none {tmp_path} && "
+    inside = ["unshare", "--mount", "sh", "-c"]  # only these processes see the mount
+    if not shutil.which("unshare") or subprocess.run([*inside, mount + "true"], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    show = f"; code=$?; find {tmp_path} -name '{PART}*'; exit $code"
+    process = subprocess.run(
+        [*inside, f'{mount}"$@"{show}', "sh", sys.executable, *map(str, command(small_data, tmp_path))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_one_line_error(process, str(tmp_path), *parts)
+    assert PART not in process.stdout  # nothing half-written is left
 
 
 def test_two_runs_on_one_output_folder(small_data, whole_run, tmp_path):
