@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cam import normalize, overlay, upsample
 from files import complete_file
-from localization import BATCH, NAMES, evaluate
+from localization import BATCH, NAMES, evaluate, predict
 from page import draw_page
 
 HISTORY, PREDICTIONS, ACCURACY = "history.csv", "predictions.csv", "accuracy.png"
@@ -87,12 +87,14 @@ class Heatmaps(keras.callbacks.Callback):
         except FloatingPointError:
             message = f"the training diverged before step {step:,}; try a smaller --learning-rate"
             raise FloatingPointError(message) from None
-        scores, maps = self.cam.predict(self.samples, batch_size=BATCH, verbose=0)  # S_c (S, C), M_c (S, H/4, W/4, C)
-        maps = maps[np.arange(len(maps)), :, :, self.sample_labels]  # (S, H/4, W/4)
+        parts = [
+            (scores.argmax(axis=1), maps[np.arange(len(maps)), :, :, self.sample_labels[part]])
+            for part, scores, maps in predict(self.cam, self.samples)
+        ]
+        classes, maps = map(np.concatenate, zip(*parts, strict=True))  # (S,), (S, H/4, W/4)
         self.draw(step, maps)
         with complete_file(self.folder / MAPS / f"{step}.npy") as path:
             np.save(path, maps)
-        classes = scores.argmax(axis=1)  # (S,)
         self.predictions.append({"step": step} | {f"img_{index}": classes[index] for index in range(len(self.samples))})
         self.history.append(
             {

@@ -52,10 +52,10 @@ def evaluate(cam, images, labels, boxes=None, thorough=False):
         FloatingPointError: A score is infinite or NaN.
     """
     right, found = [], []
-    starts = range(0, len(images), BATCH)
-    for start in progress(starts, len(starts), "measuring in batches") if thorough else starts:
-        part = slice(start, start + BATCH)
-        scores, maps = cam.predict_on_batch(images[part])  # S_c (B, C), M_c (B, h, w, C)
+    batches = predict(cam, images)
+    if thorough:
+        batches = progress(batches, -(-len(images) // BATCH), "measuring in batches")
+    for part, scores, maps in batches:
         if not np.isfinite(scores).all():
             raise FloatingPointError("the model gives infinite or NaN scores")
         right.append(np.argmax(scores, axis=1) == labels[part])
@@ -69,6 +69,16 @@ def evaluate(cam, images, labels, boxes=None, thorough=False):
         found = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
         measures |= summarize(found, right)
     return {name: float(value) for name, value in measures.items()}
+
+
+def predict(cam, images):
+    """Yields for each batch of images its slice, logits S_c (B, C) and class activation maps M_c (B, h, w, C).
+
+    Keras's own `predict` takes longer to begin than a few hundred images take.
+    """
+    for start in range(0, len(images), BATCH):
+        part = slice(start, start + BATCH)
+        yield part, *cam.predict_on_batch(images[part])
 
 
 def table(measures, count):
