@@ -69,10 +69,9 @@ def unit_variance_start(model, images):
 def centre_on_classes(model):
     """Keeps the mean over the classes of each unit's softmax weights at zero, during training too.
 
-    Softmax, and so the prediction and the loss, is the same when one map is added to the maps of all classes: the loss
-    does not say what that map should be. Gradient descent leaves the mean where it is at the start; Adam, whose steps
-    do not add up to zero over the classes, makes it drift, and the maps with it. With the mean at zero M_c shows the
-    evidence for class c against the other classes.
+    Softmax, and so prediction and loss, stays the same when one map is added to the maps of all classes. Gradient
+    descent leaves that common part as it was; Adam, whose steps do not add up to zero over the classes, makes it drift.
+    Without it M_c shows the evidence for class c against the other classes.
 
     Args:
         model: A model made by `lenet`; its weights are changed in place.
