@@ -252,6 +252,7 @@ def test_a_real_disk(small_data, tmp_path, options, parts):
 def test_two_runs_on_one_output_folder(small_data, whole_run, tmp_path):
     first = start(small_data, tmp_path)
     wait_for(tmp_path / "img_0" / "cmap_2.png", first)
+    first.send_signal(signal.SIGSTOP)  # or it could end before the others have started
     assert_one_line_error(run(*command(small_data, tmp_path)), f"process {first.pid} uses {tmp_path}")
     assert_one_line_error(run(*command(small_data, tmp_path), "--fresh"), f"process {first.pid} uses {tmp_path}")
     first.kill()  # leaves its lock file behind
