@@ -17,7 +17,7 @@ from PIL import Image
 
 from files import PART, hold
 
-STEPS = 300
+STEPS = 150
 
 
 @pytest.fixture(scope="module")
