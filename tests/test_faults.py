@@ -311,7 +311,11 @@ def test_a_generator_that_is_killed_leaves_the_old_tarball_whole(tmp_path):
     part = out / f"{PART}mnist_cluttered.tar.gz"
     for number, code in (signal.SIGINT, 130), (signal.SIGKILL, -9):
         process = subprocess.Popen(
-            [sys.executable, *map(str, arguments), "100000"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [sys.executable, *map(str, arguments), "100000"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )
         wait_for(part, process)
         process.send_signal(number)
