@@ -99,7 +99,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_never_stopped(small_data
     rng = np.random.default_rng()  # other moments in every run of this test; the promise is for all
     for _ in range(20):
         process = start(small_data, tmp_path)
-        delay = rng.uniform(0, 0.6 * seconds)
+        delay = rng.uniform(0, 0.75 * seconds)
         try:
             process.wait(delay)
         except subprocess.TimeoutExpired:
