@@ -12,7 +12,7 @@ from quiet import keras  # first, to keep TensorFlow's start-up log off the cons
 import signal
 import sys
 import time
-from itertools import count, islice
+from functools import lru_cache
 
 import numpy as np
 
@@ -104,8 +104,7 @@ def run(settings):
         if state.step:
             print(f"continuing after step {state.step:,}")
         model.fit(
-            batches(train, settings, steps, state.step),
-            steps_per_epoch=steps - state.step,  # one epoch to Keras: its progress bar shows the time left of the run
+            Batches(train, settings, steps, state.step),  # one epoch to Keras: its bar shows the time left of the run
             callbacks=[state, recorder],
             shuffle=False,  # the batches are
             verbose=1 if sys.stdout.isatty() else 0,
@@ -136,27 +135,39 @@ def evaluate_only(settings):
     print(table(measures, len(test.labels)))
 
 
-def batches(train, settings, steps, first_step):
-    """Yields training batches without end: images (batch_size, H, W, 1) uint8, labels (batch_size, C), one-hot.
+class Batches(keras.utils.PyDataset):
+    """The batches of training steps: images (batch_size, H, W, 1) uint8, labels (batch_size, C), one-hot.
 
     Distortions fade out evenly over the run, so that it ends on images like those of the test. The batch of a step
-    depends on the settings and the step alone, so that a run can continue at any step.
+    depends on the settings and the step alone, so that a run can continue at any step, and threads can prepare the
+    next ones while the network trains.
     """
-    total, seed = len(train.labels), settings.seed
-    orders = (
-        np.arange(total)
-        if settings.recipe == "original"
-        else np.random.default_rng((seed, 0, epoch)).permutation(total)
-        for epoch in count()
-    )
-    indices = islice((index for order in orders for index in order), first_step * settings.batch_size, None)
-    for step in count(first_step):
-        chosen = np.fromiter(islice(indices, settings.batch_size), int)
-        images = train.images[chosen]
+
+    def __init__(self, train, settings, steps, first_step):
+        super().__init__(workers=2)
+        self.train, self.settings, self.steps, self.first_step = train, settings, steps, first_step
+
+    def __len__(self):
+        return self.steps - self.first_step
+
+    def __getitem__(self, index):
+        settings, step, total = self.settings, self.first_step + index, len(self.train.labels)
+        epochs, places = np.divmod(np.arange(settings.batch_size) + step * settings.batch_size, total)
+        if settings.recipe == "original":
+            chosen = places  # file order
+        else:
+            chosen = [shuffled(total, settings.seed, epoch)[place] for epoch, place in zip(epochs, places, strict=True)]
+        images = self.train.images[chosen]
         if settings.rotation or settings.zoom or settings.bend:
-            rng, strength = np.random.default_rng((seed, 1, step)), max(0, 1 - step / steps)
+            rng, strength = np.random.default_rng((settings.seed, 1, step)), 1 - step / self.steps
             images = distort(images, rng, *(strength * x for x in (settings.rotation, settings.zoom, settings.bend)))
-        yield images, keras.utils.to_categorical(train.labels[chosen], CLASSES)
+        return images, keras.utils.to_categorical(self.train.labels[chosen], CLASSES)
+
+
+@lru_cache(maxsize=4)
+def shuffled(total, seed, epoch):
+    """The order of the training images in an epoch."""
+    return np.random.default_rng((seed, 0, epoch)).permutation(total)
 
 
 def stop(number, frame=None):
