@@ -159,7 +159,7 @@ def bounding_boxes(maps, threshold=0.2):
     if not np.isfinite(maps).all():
         raise ValueError("a class activation map is not finite: weights or image have infinite or NaN values")
     maxima = maps.max(axis=(1, 2), keepdims=True)
-    return largest_boxes(framed((maps > threshold * maxima) & (maxima > 0), False), maps.shape)
+    return largest_boxes(((maps > threshold * maxima) & (maxima > 0)).astype(np.int8), 1)[:, 0]
 
 
 def boxes_at_levels(maps):
@@ -168,50 +168,59 @@ def boxes_at_levels(maps):
     Returns:
         (N, LEVELS, 4) int; zeros where there is no such cell.
     """
-    levels = framed(np.minimum(maps * LEVELS, LEVELS - 1).astype(np.int8), -1)
-    return np.stack([largest_boxes(levels >= level, maps.shape) for level in range(LEVELS)], axis=1)
+    return largest_boxes(np.minimum(maps * LEVELS + 1, LEVELS).astype(np.int8), LEVELS)
 
 
-def framed(maps, value):
-    """Maps (N, H, W) in reading order, with a row of `value` below each and a column to its right."""
-    return np.pad(maps, ((0, 0), (0, 1), (0, 1)), constant_values=value).ravel()
-
-
-def largest_boxes(cells, shape):
-    """The box around the largest connected component of each of N masks.
+def largest_boxes(levels, count):
+    """The box around the largest connected component of each of the masks levels >= 1, levels >= 2 ... levels >= count.
 
     As in `bounding_box`, cells that touch at a corner are connected, and of equal components the first in reading order
     counts. Here it is found for all masks at once, from runs: cells side by side in a row, of which there are few.
 
     Args:
-        cells: The masks, `framed`, so that what is apart in a mask is apart in reading order.
-        shape: (N, H, W) of the masks.
+        levels: (N, H, W) int8, 0..127.
+        count: Number of masks of each image.
 
     Returns:
-        (N, 4) int; zeros for a mask without a cell.
+        (N, count, 4) int; zeros for a mask without a cell.
     """
-    number, height, width = shape
+    number, height, width = levels.shape
+    # All masks in reading order, one behind the other; an empty cell after each row and an empty row after each image
+    # keep apart what is apart.
     row = width + 1
-    starts, ends = np.flatnonzero(np.diff(cells, prepend=False)).reshape(-1, 2).T
+    size = number * (height + 1) * row
+    cells = np.pad(levels, ((0, 0), (0, 1), (0, 1))).ravel()
+    before = np.concatenate([[0], cells[:-1]], dtype=np.int8)
+    starts, ends = edges(before, cells, size), edges(cells, before, size)  # of the runs, half-open
     # Runs of the next row that touch a run: those that end after its start and start before its end, or one beyond.
     first, last = np.searchsorted(ends, starts + row, "left"), np.searchsorted(starts, ends + row, "right")
     touching = last - first
     above = np.repeat(np.arange(len(starts)), touching)
     below = np.arange(touching.sum()) - np.repeat(touching.cumsum() - touching - first, touching)
     graph = sparse.coo_array((np.ones(len(above), bool), (above, below)), (len(starts), len(starts)))
-    count, component = sparse.csgraph.connected_components(graph, directed=False)
+    components, component = sparse.csgraph.connected_components(graph, directed=False)
 
     area = np.bincount(component, ends - starts)
-    x0, begin = np.full((2, count), cells.size)
-    x1, end = np.zeros((2, count), int)
+    x0, begin = np.full((2, components), size * count)
+    x1, end = np.zeros((2, components), int)
     np.minimum.at(x0, component, starts % row)
     np.maximum.at(x1, component, ends % row)
     np.minimum.at(begin, component, starts)
     np.maximum.at(end, component, ends)
-    image = begin // (row * (height + 1))
-    y0, y1 = begin // row - image * (height + 1), end // row + 1 - image * (height + 1)
-    order = np.lexsort((begin, -area, image))
-    images, best = np.unique(image[order], return_index=True)
-    boxes = np.zeros((number, 4), int)
-    boxes[images] = np.stack([x0, y0, x1, y1], axis=1)[order[best]]
-    return boxes
+    mask = begin // (row * (height + 1))
+    y0, y1 = begin // row - mask * (height + 1), end // row + 1 - mask * (height + 1)
+    order = np.lexsort((begin, -area, mask))
+    masks, best = np.unique(mask[order], return_index=True)
+    boxes = np.zeros((count * number, 4), int)
+    boxes[masks] = np.stack([x0, y0, x1, y1], axis=1)[order[best]]
+    return boxes.reshape(count, number, 4).swapaxes(0, 1)
+
+
+def edges(low, high, size):
+    """The cells where the level rises from low to high, once for each level that it reaches, `size` cells per level."""
+    cells = np.flatnonzero(low < high)
+    levels = high[cells] - low[cells]  # how many
+    cells = np.repeat(cells, levels)
+    reached = np.arange(len(cells)) - np.repeat(levels.cumsum(dtype=int) - levels, levels) + low[cells]  # 0: level 1
+    order = np.argsort(reached.astype(np.int8), kind="stable")
+    return (reached * size + cells)[order]
