@@ -30,7 +30,7 @@ from state import MODEL, SettingError, State, claim, make_repeatable
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
 RECIPES = {
     "default": dict(
-        epochs=6,  # passes through the training images
+        steps=5250,  # 84,000 images, however many there are: 6 epochs of the 14,000
         batch_size=16,  # images per step
         learning_rate=0.02,  # of Adam, at its peak
         warm_up=0.2,  # share of the steps in which it rises to the peak; then it falls to 0 along a cosine

@@ -52,8 +52,8 @@ def parse_settings(description, recipes):
     flag("--out", default="out", type=Path, help="folder to write to (default: out)")
     flag("--recipe", default="default", choices=recipes, help="how to train (default: default)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=number(1), help="passes through the training images" + by_recipe("epochs"))
-    length.add_argument("--steps", type=number(1), help="batches, instead of --epochs" + by_recipe("steps"))
+    length.add_argument("--steps", type=number(1), help="batches to train on" + by_recipe("steps"))
+    length.add_argument("--epochs", type=number(1), help="passes through the training images, instead of --steps")
     flag("--batch-size", type=number(1), help="images per step" + by_recipe("batch_size"))
     flag("--learning-rate", type=number(0, kind=float), help="step size, at its peak" + by_recipe("learning_rate"))
     flag("--warm-up", type=number(0, 1, float), help="share of the steps before the peak" + by_recipe("warm_up"))
@@ -74,12 +74,11 @@ def parse_settings(description, recipes):
     flag("--evaluate", type=Path, metavar="MODEL", help="only measure a saved model, or a checkpoint of the original")
     flag("--fresh", action="store_true", help="delete the earlier run in --out and start over")
     settings = parser.parse_args()
-    for name in set().union(*recipes.values()) - set(recipes[settings.recipe]) - {"epochs", "steps"}:
+    for name in set().union(*recipes.values()) - set(recipes[settings.recipe]):
         if getattr(settings, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is no setting of --recipe {settings.recipe}")
-    length_given = settings.epochs or settings.steps
     for name, value in recipes[settings.recipe].items():
-        if getattr(settings, name) is None and not (length_given and name in ("epochs", "steps")):
+        if getattr(settings, name) is None and not (name == "steps" and settings.epochs):
             setattr(settings, name, value)
     if settings.precision == "auto":
         settings.precision = "mixed_bfloat16" if has_bfloat16() else "float32"
