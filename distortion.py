@@ -20,27 +20,34 @@ def distort(images, rng, rotation, zoom, bend):
         (N, H, W, 1) uint8: bilinear, and black where there was no image.
     """
     number, height, width, _ = images.shape
-    angle = np.deg2rad(rng.uniform(-rotation, rotation, (number, 1, 1))).astype(np.float32)
-    wider, higher = np.exp(rng.uniform(-zoom, zoom, (2, number, 1, 1))).astype(np.float32)
+    angles = np.deg2rad(rng.uniform(-rotation, rotation, number)).astype(np.float32)
+    wider, higher = np.exp(rng.uniform(-zoom, zoom, (2, number))).astype(np.float32)
     knots = rng.normal(0, bend, (2, number, KNOTS, KNOTS)).astype(np.float32)
-    bend_x, bend_y = smooth(height) @ knots @ smooth(width).T  # (N, H, W) each
+    along_y, along_x = smooth(height), smooth(width)
     # Pixel (x, y) of the result, counted from the centre, is pixel (from_x, from_y) of the image.
     centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
     x, y = np.arange(width, dtype=np.float32) - centre_x, np.arange(height, dtype=np.float32)[:, None] - centre_y
-    from_x = centre_x + (np.cos(angle) * x - np.sin(angle) * y) / wider + bend_x
-    from_y = centre_y + (np.sin(angle) * x + np.cos(angle) * y) / higher + bend_y
+    results = np.empty_like(images)
+    for i in range(number):  # one by one: arrays of one image stay in the processor's cache
+        bend_x, bend_y = along_y @ knots[:, i] @ along_x.T  # (H, W) each
+        from_x = centre_x + (np.cos(angles[i]) * x - np.sin(angles[i]) * y) / wider[i] + bend_x
+        from_y = centre_y + (np.sin(angles[i]) * x + np.cos(angles[i]) * y) / higher[i] + bend_y
+        results[i, :, :, 0] = sample(images[i, :, :, 0], from_x, from_y)
+    return results
 
-    # Bilinear: a mean of four pixels, by how near they are; of a black frame for what lies outside.
-    framed = np.pad(images[:, :, :, 0], ((0, 0), (1, 2), (1, 2)))  # (N, H + 3, W + 3)
+
+def sample(image, x, y):
+    """Bilinear: at each (x, y) the mean of the four pixels of the image (H, W) around it, by how near they are."""
+    height, width = image.shape
+    framed = np.pad(image, ((1, 2), (1, 2)))  # black outside
+    x, y = x.clip(-1, width) + 1, y.clip(-1, height) + 1  # in the frame
+    left, top = x.astype(int), y.astype(int)
+    right_share, lower_share = x - left.astype(np.float32), y - top.astype(np.float32)
     row = width + 3
-    from_x, from_y = from_x.clip(-1, width) + 1, from_y.clip(-1, height) + 1  # in the frame
-    left, top = np.floor(from_x), np.floor(from_y)
-    right_share, lower_share = from_x - left, from_y - top
-    corner = np.arange(0, framed.size, row * (height + 3))[:, None, None] + top.astype(int) * row + left.astype(int)
-    pixels = framed.ravel()
+    corner, pixels = top * row + left, framed.ravel()
     upper = pixels[corner] * (1 - right_share) + pixels[corner + 1] * right_share
     lower = pixels[corner + row] * (1 - right_share) + pixels[corner + row + 1] * right_share
-    return np.rint(upper * (1 - lower_share) + lower * lower_share).astype(np.uint8)[:, :, :, None]
+    return np.rint(upper * (1 - lower_share) + lower * lower_share)
 
 
 def smooth(length):
