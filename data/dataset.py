@@ -18,8 +18,6 @@ import sys
 import tarfile
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,27 +165,26 @@ def decode(tarball, folder, count):
             gzip.open(tarball) as unzipped,
             tarfile.open(fileobj=(limited := Limited(unzipped)), mode="r:") as archive,
             (folder / "images.npy").open("wb") as images,
-            ThreadPoolExecutor() as pool,
         ):
             members = progress(png_members(tarball, archive, limited, count), count, f"extracting {tarball}")
-            while chunk := list(islice(members, 256)):  # bounds what waits in memory
-                for index, pixels in pool.map(lambda member: store(tarball, folder, *member), chunk):
-                    if shape is None:
-                        shape = pixels.shape  # (H, W)
-                        check_space(tarball, folder, count * pixels.size)
-                        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape, 1)}
-                        np.lib.format.write_array_header_1_0(images, header)
-                        first = images.tell()
-                    if index not in missing:
-                        raise DataError(f"{tarball}: img_{index}.png is there twice, or {LABELS} has no line for it")
-                    if pixels.shape != shape:
-                        raise DataError(
-                            f"{tarball}: img_{index}.png has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-                            f"others have {shape[1]} x {shape[0]}"
-                        )
-                    missing.remove(index)
-                    images.seek(first + (index - 1) * pixels.size)
-                    images.write(pixels.tobytes())  # not mapped: on a full disk a mapped file kills the process
+            for index, png in members:  # not in threads: most of the work is Python's own, and they took longer
+                pixels = store(tarball, folder, index, png)
+                if shape is None:
+                    shape = pixels.shape  # (H, W)
+                    check_space(tarball, folder, count * pixels.size)
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape, 1)}
+                    np.lib.format.write_array_header_1_0(images, header)
+                    first = images.tell()
+                if index not in missing:
+                    raise DataError(f"{tarball}: img_{index}.png is there twice, or {LABELS} has no line for it")
+                if pixels.shape != shape:
+                    raise DataError(
+                        f"{tarball}: img_{index}.png has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                        f"others have {shape[1]} x {shape[0]}"
+                    )
+                missing.remove(index)
+                images.seek(first + (index - 1) * pixels.size)
+                images.write(pixels.tobytes())  # not mapped: on a full disk a mapped file kills the process
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError) as error:
         raise DataError(f"{tarball} is not a complete .tar.gz ({error}); get or generate it again") from None
     if missing:
@@ -232,7 +229,7 @@ def png_members(tarball, archive, limited, count):
 
 
 def store(tarball, folder, index, png):
-    """Writes and decodes one PNG; returns index and pixels (H, W) uint8."""
+    """Writes and decodes one PNG; returns its pixels (H, W) uint8."""
     try:
         image = Image.open(io.BytesIO(png), formats=["PNG"])
         known = image.mode in ("L", "RGB") and max(image.size) <= LARGEST_SIDE
@@ -249,7 +246,7 @@ def store(tarball, folder, index, png):
             raise DataError(f"{tarball}: img_{index}.png has colours; three equal channels are read")
         pixels = pixels[:, :, 0]
     (folder / f"img_{index}.png").write_bytes(png)
-    return index, pixels
+    return pixels
 
 
 def progress(items, total, what):
