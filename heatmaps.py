@@ -186,7 +186,7 @@ def draw_classes(folder, cam, images, labels):
         for label, score in enumerate(scores[index]):
             color = "black" if score < scores[index].max() else "seagreen" if label == labels[index] else "firebrick"
             picture = enlarge(overlay(image, scaled[:, :, label].clip(0, 1)), side)
-            pictures.append((picture, f"{label}: S = {score:.1f}", color))
+            pictures.append((picture, f"{label}: S = {score:z.1f}", color))
         pictures.append((color_scale(low[index], high[index], *pictures[0][0].shape), "scale", "black"))
         draw_grid(folder / f"img_{index}" / "classes.png", [pictures[:6], pictures[6:]])
 

@@ -9,12 +9,14 @@ Writes a figure for each image: the image, and over it the maps of the classes w
 scale, each with the box around its largest part above 20% of the maximum. Scores and boxes (x0, y0, x1, y1, half-open,
 in pixels of the image) go to the console.
 
-For the LeNet, an image is made grey and, if its background is light, inverted; one larger than 100 pixels is taken for
-a photo of one digit, stretched to full contrast and scaled so that its ink is 20 pixels high, as it is in MNIST.
+For the LeNet, an image is made grey and, if its background is light, inverted. Pixels that are repeated, as in a run's
+image_test.png, are taken once. An image that is larger than 100 pixels then is taken for a photo of one digit,
+stretched to full contrast and scaled so that its ink is 20 pixels high, as it is in MNIST.
 """
 
 import argparse
 import importlib
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -59,6 +61,7 @@ def to_digit(image):
     grey = np.asarray(Image.fromarray(image).convert("L"))
     if np.median(grey) > 127:
         grey = 255 - grey
+    grey = without_repeats(grey)
     if max(grey.shape) <= SMALL:
         return grey[:, :, None]
     ink = grey > filters.threshold_otsu(grey)
@@ -69,6 +72,17 @@ def to_digit(image):
     low, high = np.percentile(grey, 50), grey[ink].mean() if ink.any() else 255
     contrast = ((grey - low) / max(high - low, 1)).clip(0, 1)
     return np.rint(255 * transform.resize(contrast, shape, anti_aliasing=True)).astype(np.uint8)[:, :, None]
+
+
+def without_repeats(grey):
+    """Undoes an enlargement of an image (H, W) that repeated each pixel, but not to less than a digit."""
+    side = math.gcd(*grey.shape)
+    for times in range(min(side, max(grey.shape) // DIGIT_HEIGHT), 1, -1):
+        if side % times == 0:
+            small = grey[::times, ::times]
+            if np.array_equal(small.repeat(times, axis=0).repeat(times, axis=1), grey):
+                return small
+    return grey
 
 
 def to_input(image, model):
@@ -169,7 +183,7 @@ def run(settings):
             maps = np.maximum(maps, 0)
         large = np.asarray(upsample(maps, *image.shape[:2]))  # (K, H, W)
         boxes = [bounding_box(class_map) for class_map in large]
-        titles = [f"{class_names[c]}\nS = {scores[c]:.2f}, P = {probabilities[c]:.1%}" for c in shown]
+        titles = [f"{class_names[c]}\nS = {scores[c]:z.2f}, P = {probabilities[c]:.1%}" for c in shown]
         draw(settings.out / f"cam_{names[place]}.png", image, large, titles, boxes)
         if settings.npy:
             with complete_file(settings.out / f"cam_{names[place]}.npy") as part:
@@ -177,7 +191,7 @@ def run(settings):
         print(f"{paths[place]} -> {settings.out / f'cam_{names[place]}.png'}")
         for c, box in zip(shown, boxes, strict=True):
             where = "nowhere positive" if box is None else "box {} {} {} {}".format(*box)
-            print(f"    {class_names[c]:<24} S = {scores[c]:8.2f}  P = {probabilities[c]:6.1%}  {where}")
+            print(f"    {class_names[c]:<24} S = {scores[c]:z8.2f}  P = {probabilities[c]:6.1%}  {where}")
 
 
 def main():

@@ -146,3 +146,12 @@ def test_small_images_go_to_the_lenet_as_they_are():
     np.testing.assert_array_equal(show.to_digit(grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
     np.testing.assert_array_equal(show.to_digit(255 - grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
     assert show.to_digit(np.full((200, 300, 3), 255, np.uint8)).max() == 0
+
+
+@pytest.mark.parametrize("times", [3, 4, 7])
+def test_a_picture_with_repeated_pixels_goes_to_the_lenet_at_its_own_size(times):
+    """Such as image_test.png of a run, whose clutter is not to be taken for one large digit."""
+    _, test = load_dataset(ROOT / "data")
+    image = test.images[0, :, :, 0]
+    large = image.repeat(times, axis=0).repeat(times, axis=1)
+    np.testing.assert_array_equal(show.to_digit(large[:, :, None].repeat(3, axis=2))[:, :, 0], image)
