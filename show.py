@@ -10,7 +10,7 @@ scale, each with the box around its largest part above 20% of the maximum. Score
 in pixels of the image) go to the console.
 
 For the LeNet, an image is made grey and, if its background is light, inverted. Pixels that are repeated, as in a run's
-image_test.png, are taken once. An image that is larger than 100 pixels then is taken for a photo of one digit,
+image_test.png, are taken once. An image that then is larger than 100 pixels is taken for a photo of one digit,
 stretched to full contrast and scaled so that its ink is 20 pixels high, as it is in MNIST.
 """
 
