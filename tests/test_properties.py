@@ -131,10 +131,8 @@ def test_a_changed_png(changes):
     if isinstance(found, str):
         assert "img_1.png" in found
     else:
-        index, pixels = found
-        assert index == 1
-        assert pixels.dtype == np.uint8
-        assert pixels.ndim == 2
+        assert found.dtype == np.uint8
+        assert found.ndim == 2
 
 
 NUMBER = st.one_of(st.integers(-2, 12).map(str), st.text(alphabet="0123456789 -+.exI\ta٣", max_size=6))
