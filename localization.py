@@ -168,7 +168,7 @@ def boxes_at_levels(maps):
     Returns:
         (N, LEVELS, 4) int; zeros where there is no such cell.
     """
-    return largest_boxes(np.minimum(maps * LEVELS + 1, LEVELS).astype(np.int8), LEVELS)
+    return largest_boxes(np.minimum(maps * LEVELS, LEVELS - 1).astype(np.int8) + np.int8(1), LEVELS)
 
 
 def largest_boxes(levels, count):
