@@ -117,7 +117,7 @@ def normalize(maps):
     return ((maps - low) / np.where(high > low, high - low, 1)).astype(np.float32)
 
 
-def overlay(image, heatmap, colormap="jet", opacity=0.5):
+def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=True):
     """Lays a heatmap over the inverted image.
 
     Args:
@@ -125,13 +125,16 @@ def overlay(image, heatmap, colormap="jet", opacity=0.5):
         heatmap: (H, W), 0..1: a map upsampled to the image and normalized.
         colormap: Name of a matplotlib colormap.
         opacity: Share of the heatmap in the result, 0..1.
+        invert: Whether to invert the image, which makes room for the colours where it is mostly black.
 
     Returns:
         RGB picture (H, W, 3) uint8.
     """
     colors = 255 * matplotlib.colormaps[colormap](np.linspace(0, 1, 256, dtype=np.float32))[:, :3]  # (256, 3)
-    inverted = 255 - image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)
-    blended = opacity * colors[np.rint(255 * heatmap).astype(np.uint8)] + (1 - opacity) * inverted  # (H, W, 3)
+    under = image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)
+    if invert:
+        under = 255 - under
+    blended = opacity * colors[np.rint(255 * heatmap).astype(np.uint8)] + (1 - opacity) * under  # (H, W, 3)
     return np.rint(blended).astype(np.uint8)
 
 

@@ -3,7 +3,7 @@
 img_S/image_test.png    test image S, enlarged
 img_S/cmap_STEP.png     its class activation map, true class, after STEP steps, over the inverted image
 img_S/evolution.png     some of these maps in one strip, with step and predicted class
-img_S/classes.png       at the end, the maps of all classes on one scale, with their logits S_c
+img_S/classes.png       at the end, the maps of all classes (of many, the first ten) on one scale, with logits S_c
 overview.png            for each class one image, and its maps through the steps
 index.html              all of this to browse (page.py)
 history.csv             loss and accuracy on the training images since the line before; accuracy and localisation
@@ -35,6 +35,7 @@ PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
 TEST_PART = 300  # test images to measure on during the run; at its end it is all of them
 SHOWN = ("accuracy", "gt_known")  # measures on the progress bar and in accuracy.png
 STRIP_LENGTH = 6  # maps in a strip
+MOST_CLASSES = 10  # in classes.png
 OVERVIEW, PAGE, MAPS = "overview.png", "index.html", "maps"
 
 
@@ -44,7 +45,7 @@ class Heatmaps(keras.callbacks.Callback):
     Args:
         folder: Path of the output folder.
         cam: Model made by `class_activation_model` from the one that trains.
-        test: The test set: images (N, H, W, channels) uint8, labels (N,), and boxes (N, 4) or None.
+        test: The test set: images (N, H, W, 1 or 3) uint8, labels (N,), and boxes (N, 4) or None.
         steps: Steps of the whole run.
         every: Steps between two heatmaps of an image.
         samples: Number of test images to draw, from the first.
@@ -68,7 +69,7 @@ class Heatmaps(keras.callbacks.Callback):
         if self.first_step == 0:
             for index, image in enumerate(self.samples):
                 (self.folder / f"img_{index}").mkdir(parents=True, exist_ok=True)
-                save_picture(enlarge(image[:, :, 0]), self.folder / f"img_{index}" / "image_test.png")
+                save_picture(enlarge(as_picture(image)), self.folder / f"img_{index}" / "image_test.png")
             (self.folder / MAPS).mkdir(exist_ok=True)
             self.record(0, {})
 
@@ -121,11 +122,21 @@ class Heatmaps(keras.callbacks.Callback):
         heatmaps = normalize(upsample(maps, *self.samples.shape[1:3]))  # (S, H, W)
 
         def draw_one(index):
-            picture = overlay(self.samples[index], heatmaps[index])
+            picture = lay_over(self.samples[index], heatmaps[index])
             save_picture(enlarge(picture), self.folder / f"img_{index}" / f"cmap_{step}.png")
 
         with ThreadPoolExecutor() as pool:  # zlib leaves the interpreter free
             list(pool.map(draw_one, range(len(heatmaps))))
+
+
+def as_picture(image):
+    """(H, W, 1) -> (H, W); (H, W, 3) as it is."""
+    return image[:, :, 0] if image.shape[2] == 1 else image
+
+
+def lay_over(image, heatmap):
+    """Lays a heatmap over an image; a grey one is inverted, as in the original, so that its black does not darken."""
+    return overlay(image, heatmap, invert=image.shape[2] == 1)
 
 
 def enlarge(picture, side=PICTURE_SIDE):
@@ -134,13 +145,14 @@ def enlarge(picture, side=PICTURE_SIDE):
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
-def draw_figures(folder, cam, test, samples):
+def draw_figures(folder, cam, test, names, samples):
     """Draws all that sums up a run, from what it left.
 
     Args:
         folder: Path of the output folder.
         cam: Model made by `class_activation_model` from the trained model.
         test: The test set, as for `Heatmaps`.
+        names: Names of the C classes.
         samples: Number of test images that were drawn.
     """
     images, labels, boxes = (None if values is None else values[:samples] for values in test)
@@ -148,47 +160,62 @@ def draw_figures(folder, cam, test, samples):
     draw_accuracy(folder, history)
     # Most happens early: steps at about equal ratios, the first and the last among them.
     positions = np.unique(np.geomspace(1, len(predictions), STRIP_LENGTH).round().astype(int)) - 1
-    strips = [strip(folder, index, label, [predictions[p] for p in positions]) for index, label in enumerate(labels)]
+    rows = [predictions[position] for position in positions]
+    strips = [strip(folder, index, label, rows, names) for index, label in enumerate(labels)]
     for index, row in enumerate(strips):
         draw_grid(folder / f"img_{index}" / "evolution.png", [row])
     draw_grid(
         folder / OVERVIEW, [strips[index] for index in np.unique(labels, return_index=True)[1]], PICTURE_SIDE // 2
     )
-    draw_classes(folder, cam, images, labels)
+    draw_classes(folder, cam, images, labels, names)
     predicted = [[row[f"img_{index}"] for index in range(len(labels))] for row in predictions]
     with complete_file(folder / PAGE) as path:
-        names = {name: NAMES[name] for name in SHOWN}
         draw_page(
-            path, images, labels, boxes, history, predicted, lambda step: np.load(folder / MAPS / f"{step}.npy"), names
+            path,
+            images,
+            labels,
+            boxes,
+            names,
+            history,
+            predicted,
+            maps=lambda step: np.load(folder / MAPS / f"{step}.npy"),
+            measures={name: NAMES[name] for name in SHOWN},
         )
 
 
-def strip(folder, index, label, rows):
+def strip(folder, index, label, rows, names):
     """Pictures of test image `index`, for `draw_grid`: itself, and its maps at some steps."""
-    pictures = [(folder / f"img_{index}" / "image_test.png", f"test image {index}: {label}", "black")]
+    pictures = [(folder / f"img_{index}" / "image_test.png", f"test image {index}: {names[label]}", "black")]
     for row in rows:
         predicted = row[f"img_{index}"]
         color = "black" if predicted == label else "firebrick"
         path = folder / f"img_{index}" / f"cmap_{row['step']}.png"
-        pictures.append((path, f"step {row['step']:,}: {predicted}", color))
+        pictures.append((path, f"step {row['step']:,}: {names[predicted]}", color))
     return pictures
 
 
-def draw_classes(folder, cam, images, labels):
-    """Draws `img_S/classes.png` of each image: the maps of all classes on one scale, with the logits S_c."""
-    scores, maps = cam.predict(images, batch_size=BATCH, verbose=0)  # S_c (S, C), M_c (S, h, w, C)
-    low, high = maps.min(axis=(1, 2, 3)), maps.max(axis=(1, 2, 3))
+def draw_classes(folder, cam, images, labels, names):
+    """Draws `img_S/classes.png` of each image: the maps of all classes on one scale, with their logits S_c.
+
+    Of many classes those with the highest logits are shown.
+    """
+    all_scores, all_maps = cam.predict(images, batch_size=BATCH, verbose=0)  # S_c (S, C), M_c (S, h, w, C)
     side = PICTURE_SIDE // 2
-    for index, image in enumerate(images):
-        large = np.asarray(upsample(maps[index : index + 1], *image.shape[:2]))[0]  # (H, W, C)
-        scaled = (large - low[index]) / max(high[index] - low[index], np.finfo(np.float32).tiny)
-        pictures = [(enlarge(image[:, :, 0], side), f"test image {index}: {labels[index]}", "black")]
-        for label, score in enumerate(scores[index]):
-            color = "black" if score < scores[index].max() else "seagreen" if label == labels[index] else "firebrick"
-            picture = enlarge(overlay(image, scaled[:, :, label].clip(0, 1)), side)
-            pictures.append((picture, f"{label}: S = {score:z.1f}", color))
-        pictures.append((color_scale(low[index], high[index], *pictures[0][0].shape), "scale", "black"))
-        draw_grid(folder / f"img_{index}" / "classes.png", [pictures[:6], pictures[6:]])
+    for index, (image, true, scores) in enumerate(zip(images, labels, all_scores, strict=True)):
+        shown = np.argsort(-scores)[:MOST_CLASSES]
+        if len(scores) <= MOST_CLASSES:
+            shown.sort()
+        maps = all_maps[index : index + 1, :, :, shown]  # (1, h, w, K)
+        low, high = maps.min(), maps.max()
+        large = np.asarray(upsample(maps, *image.shape[:2]))[0]  # (H, W, K)
+        scaled = ((large - low) / max(high - low, np.finfo(np.float32).tiny)).clip(0, 1)
+        pictures = [(enlarge(as_picture(image), side), f"test image {index}: {names[true]}", "black")]
+        for place, label in enumerate(shown):
+            color = "black" if scores[label] < scores.max() else "seagreen" if label == true else "firebrick"
+            picture = enlarge(lay_over(image, scaled[:, :, place]), side)
+            pictures.append((picture, f"{names[label]}: S = {scores[label]:z.1f}", color))
+        pictures.append((color_scale(low, high, *pictures[0][0].shape[:2]), "scale", "black"))
+        draw_grid(folder / f"img_{index}" / "classes.png", list(filter(None, [pictures[:6], pictures[6:]])))
 
 
 def color_scale(low, high, height, width):
@@ -218,8 +245,10 @@ def draw_grid(path, rows, side=None):
     width, height = rows[0][0][0].size
     if side:
         width, height = (round(length * side / max(width, height)) for length in (width, height))
-    font = ImageFont.load_default(size=min(28, width // 8))
-    title, gap = 2 * font.size, 8  # pixels
+    size = min(28, width // 8)
+    longest = max(ImageFont.load_default(size).getlength(text) for row in rows for _, text, _ in row)
+    font = ImageFont.load_default(size=min(size, 0.95 * size * width / longest))
+    title, gap = 2 * size, 8  # pixels
     grid = Image.new("RGB", (max(map(len, rows)) * (width + gap), len(rows) * (title + height)), "white")
     draw = ImageDraw.Draw(grid)
     for top, row in zip(range(0, grid.height, title + height), rows, strict=True):

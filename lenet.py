@@ -74,7 +74,7 @@ def centre_on_classes(model):
     Without it M_c shows the evidence for class c against the other classes.
 
     Args:
-        model: A model made by `lenet`; its weights are changed in place.
+        model: A model with a layer "softmax_weights", made by `lenet` or `alexnet`; it is changed in place.
     """
     kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
     kernel.constraint = lambda weights: weights - ops.mean(weights, axis=1, keepdims=True)  # after each step

@@ -1,11 +1,14 @@
 """Networks to look into: the LeNet of a run, any saved Keras model, the original's checkpoints, and those of Keras."""
 
 import sys
+import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
 
+from alexnet import weight_shapes
+from files import complete_file
 from lenet import lenet
 
 # The variables of the repository of 2017, in the order of our LeNet's weights.
@@ -48,6 +51,70 @@ def original_lenet(checkpoint):
     model = lenet()
     model.set_weights([kernel.sum(axis=2, keepdims=True), *others])  # (5, 5, 3, 32) -> (5, 5, 1, 32)
     return model
+
+
+def torchvision_convolutions(path):
+    """Reads the weights of torchvision's AlexNet from an .npz file: arrays by name, as `weight_shapes` lists them.
+
+    Others in it are not read, and nothing is unpickled.
+    """
+    weights = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            for name, shape in weight_shapes().items():
+                if f"{name}.npy" not in members:
+                    raise NetworkError(f"{path} has no {name}; the README has the line that makes such a file")
+                with archive.open(f"{name}.npy") as file:
+                    version = np.lib.format.read_magic(file)
+                    read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_{version[1]}")
+                    found, fortran_order, dtype = read_header(file)
+                    if found != shape or dtype.kind != "f":
+                        raise NetworkError(f"{path}: {name} is {found} {dtype}, and not {shape} of floating point")
+                    count = int(np.prod(shape))
+                    values = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
+                weights[name] = values.reshape(shape, order="F" if fortran_order else "C").astype(np.float32)
+                if not np.isfinite(weights[name]).all():
+                    raise NetworkError(f"{path}: {name} has infinite or NaN values")
+    except FileNotFoundError:
+        message = f"{path} is missing; the README has the line that makes it, --weights none does without"
+        raise NetworkError(message) from None
+    except NetworkError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds for a damaged file
+        raise NetworkError(f"{path} is not an .npz file that can be read ({error})") from None
+    return weights
+
+
+def save_network(model, names, path):
+    """Saves a model, and beside it, if they are more than numbers, the names of its classes."""
+    if names != numbers(len(names)):
+        with complete_file(names_file(path)) as part:
+            part.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    with complete_file(path) as part:
+        model.save(part)
+
+
+def class_names(path, count):
+    """Names of the `count` classes of a saved model; their numbers if there is no file of names beside it."""
+    file = names_file(Path(path))
+    if not file.exists():
+        return numbers(count)
+    try:
+        names = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        names = []
+    if len(names) != count:
+        raise NetworkError(f"{file} has {len(names)} lines that can be read; the model has {count} classes")
+    return names
+
+
+def names_file(path):
+    return path.with_name(f"{path.stem}_classes.txt")
+
+
+def numbers(count):
+    return [str(label) for label in range(count)]
 
 
 def keras_application(name, weights="imagenet"):

@@ -13,18 +13,19 @@ TEMPLATE = Path(__file__).with_name("page.html")
 MOST_STEPS = 100  # on the slider; of a longer run, as many at even distances
 
 
-def draw_page(path, images, labels, boxes, history, predictions, maps, names):
+def draw_page(path, images, labels, boxes, names, history, predictions, maps, measures):
     """Writes the page.
 
     Args:
         path: File to write.
-        images: S test images, (S, H, W, 1) uint8.
+        images: S test images, (S, H, W, 1 or 3) uint8.
         labels: Their true classes, (S,).
         boxes: Their true boxes, (S, 4), or None.
-        history: A dict per step: "step", "images", and the measures `names` of all test images, with "test_" before.
+        names: Names of the classes.
+        history: A dict per step: "step", "images", and the `measures` of all test images, with "test_" before.
         predictions: Predicted classes at these steps, (T, S).
-        maps: Function from a step to the maps of the true classes, (S, H/4, W/4).
-        names: Titles of the measures to show, by name.
+        maps: Function from a step to the maps of the true classes, (S, h, w).
+        measures: Titles of the measures to show, by name.
     """
     chosen = np.unique(np.linspace(0, len(history) - 1, min(len(history), MOST_STEPS)).round().astype(int))
     steps, shades = [], []
@@ -32,7 +33,7 @@ def draw_page(path, images, labels, boxes, history, predictions, maps, names):
         row = history[position]
         step_maps = maps(row["step"])  # (S, h, w)
         found = [bounding_box(class_map) for class_map in np.asarray(upsample(step_maps, *images.shape[1:3]))]
-        measures = {name: row.get(f"test_{name}", "") for name in names}
+        values = {name: row.get(f"test_{name}", "") for name in measures}
         steps.append(
             {
                 "step": row["step"],
@@ -40,7 +41,7 @@ def draw_page(path, images, labels, boxes, history, predictions, maps, names):
                 "predicted": [int(label) for label in predictions[position]],
                 "boxes": [box and [int(edge) for edge in box] for box in found],
             }
-            | {name: None if value == "" else value for name, value in measures.items()}
+            | {name: None if value == "" else value for name, value in values.items()}
         )
         shades.append(np.rint(255 * normalize(step_maps)).astype(np.uint8))
     samples = [
@@ -53,7 +54,9 @@ def draw_page(path, images, labels, boxes, history, predictions, maps, names):
         "height": images.shape[1],
         "cells_wide": step_maps.shape[2],
         "cells_high": step_maps.shape[1],
-        "names": names,
+        "channels": images.shape[3],
+        "measures": measures,
+        "classes": names,
         "steps": steps,
         "samples": samples,
         "pictures": text(images),

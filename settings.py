@@ -1,4 +1,4 @@
-"""The command line of mnist.py: a flag for each setting."""
+"""The command lines of mnist.py and caltech256.py: a flag for each setting."""
 
 import argparse
 import platform
@@ -19,67 +19,112 @@ def has_bfloat16():
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def parse_settings(description, recipes):
-    """Reads the settings of mnist.py from the command line.
+def mnist_settings(description, recipes):
+    """Reads the settings of mnist.py from the command line; see `Flags`."""
+    flags = Flags("mnist.py", description, recipes)
+    flags.add("--data", default="data", type=Path, help="folder of the data set (default: data)")
+    flags.add("--recipe", default="default", choices=recipes, help="how to train (default: default)")
+    flags.add_common(out="out", every=100, samples=50)
+    flags.add_by_recipe("beta-2", number(0, 0.9999, float), "of Adam")
+    flags.add_by_recipe("rotation", number(0, 180, float), "of training images, degrees")
+    flags.add_by_recipe("zoom", number(0, 1, float), "of training images, share")
+    flags.add_by_recipe("bend", number(0, 100, float), "of training images, pixels")
+    flags.add("--pooling", default="average", choices=("average", "max"), help="of the feature maps (default: average)")
+    flags.add("--evaluate", type=Path, metavar="MODEL", help="only measure a saved model, or an original's checkpoint")
+    settings = flags.parse_args()
+    return flags.fill(settings, f"--recipe {settings.recipe}")
+
+
+def caltech256_settings(description, recipes):
+    """Reads the settings of caltech256.py from the command line; see `Flags`."""
+    flags = Flags("caltech256.py", description, recipes)
+    default = Path("data")
+    flags.add(
+        "--data",
+        default=default / "256_ObjectCategories.tar",
+        type=Path,
+        help="archive of the photos, or the folder that it extracts to (default: %(default)s)",
+    )
+    flags.add(
+        "--weights",
+        default=default / "alexnet.npz",
+        type=Path,
+        help="ImageNet weights of the convolutions, by torchvision's names (default: %(default)s), or none",
+    )
+    flags.add("--categories", nargs="+", metavar="NAME", help="take only these, such as coffee-mug (default: all)")
+    flags.add_common(out="out/caltech256", every=50, samples=30)
+    flags.add_by_recipe("old-rate", number(0, 1, float), "share of the rate for the weights from ImageNet")
+    settings = flags.parse_args()
+    settings.recipe = "scratch" if str(settings.weights) == "none" else "pretrained"
+    return flags.fill(settings, f"--weights {settings.weights}")
+
+
+def number(least, most=sys.maxsize, kind=int):
+    """A type for argparse: a number in least..most."""
+
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in {least} to {most}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+class Flags(argparse.ArgumentParser):
+    """A command line whose defaults depend on the recipe.
 
     Args:
+        script: Name of the script.
         description: Text for `--help`.
         recipes: For each recipe the default of what differs between recipes, by name.
-
-    Returns:
-        Namespace with a value for each setting; the precision is "float32" or "mixed_bfloat16".
     """
 
-    def number(least, most=sys.maxsize, kind=int):
-        def convert(text):
-            value = kind(text)
-            if not least <= value <= most:
-                raise argparse.ArgumentTypeError(f"{text} is not in {least} to {most}")
-            return value
+    def __init__(self, script, description, recipes):
+        super().__init__(prog=script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.recipes, self.add = recipes, self.add_argument
 
-        convert.__name__ = "whole number" if kind is int else "number"
-        return convert
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")  # one line, without the usage
 
-    def by_recipe(name):
-        return f" ({', '.join(f'{recipe}: {recipes[recipe][name]}' for recipe in recipes if name in recipes[recipe])})"
+    def add_by_recipe(self, flag, kind, text, group=None, **options):
+        name = flag.replace("-", "_")
+        known = ", ".join(f"{recipe}: {values[name]}" for recipe, values in self.recipes.items() if name in values)
+        text += f" ({known})" if known else ""
+        (group or self).add_argument(f"--{flag}", type=kind, help=text, **options)
 
-    parser = argparse.ArgumentParser(
-        prog="mnist.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: parser.exit(2, f"mnist.py: {message}; see --help\n")  # one line, without the usage
-    flag = parser.add_argument
-    flag("--data", default="data", type=Path, help="folder of the data set (default: data)")
-    flag("--out", default="out", type=Path, help="folder to write to (default: out)")
-    flag("--recipe", default="default", choices=recipes, help="how to train (default: default)")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=number(1), help="batches to train on" + by_recipe("steps"))
-    length.add_argument("--epochs", type=number(1), help="passes through the training images, instead of --steps")
-    flag("--batch-size", type=number(1), help="images per step" + by_recipe("batch_size"))
-    flag("--learning-rate", type=number(0, kind=float), help="step size, at its peak" + by_recipe("learning_rate"))
-    flag("--warm-up", type=number(0, 1, float), help="share of the steps before the peak" + by_recipe("warm_up"))
-    flag("--beta-2", type=number(0, 0.9999, float), help="of Adam" + by_recipe("beta_2"))
-    flag("--label-smoothing", type=number(0, 0.9, float), help="of the loss" + by_recipe("label_smoothing"))
-    flag("--rotation", type=number(0, 180, float), help="of training images, degrees" + by_recipe("rotation"))
-    flag("--zoom", type=number(0, 1, float), help="of training images, share" + by_recipe("zoom"))
-    flag("--bend", type=number(0, 100, float), help="of training images, pixels" + by_recipe("bend"))
-    flag("--every", default=100, type=number(1), help="steps between heatmaps of an image (default: 100)")
-    flag("--samples", default=50, type=number(1), help="test images to draw heatmaps of (default: 50)")
-    flag("--seed", default=0, type=number(0, 2**32 - 1), help="random seed (default: 0)")
-    flag(
-        "--precision",
-        choices=("auto", "float32", "mixed_bfloat16"),
-        help="of the convolutions; auto is mixed_bfloat16 where the hardware has it" + by_recipe("precision"),
-    )
-    flag("--pooling", default="average", choices=("average", "max"), help="of the feature maps (default: average)")
-    flag("--evaluate", type=Path, metavar="MODEL", help="only measure a saved model, or a checkpoint of the original")
-    flag("--fresh", action="store_true", help="delete the earlier run in --out and start over")
-    settings = parser.parse_args()
-    for name in set().union(*recipes.values()) - set(recipes[settings.recipe]):
-        if getattr(settings, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is no setting of --recipe {settings.recipe}")
-    for name, value in recipes[settings.recipe].items():
-        if getattr(settings, name) is None and not (name == "steps" and settings.epochs):
-            setattr(settings, name, value)
-    if settings.precision == "auto":
-        settings.precision = "mixed_bfloat16" if has_bfloat16() else "float32"
-    return settings
+    def add_common(self, out, every, samples):
+        self.add("--out", default=out, type=Path, help=f"folder to write to (default: {out})")
+        length = self.add_mutually_exclusive_group()
+        self.add_by_recipe("steps", number(1), "batches to train on", length)
+        self.add_by_recipe("epochs", number(1), "passes through the training images, instead of --steps", length)
+        self.add_by_recipe("batch-size", number(1), "images per step")
+        self.add_by_recipe("learning-rate", number(0, kind=float), "step size, at its peak")
+        self.add_by_recipe("warm-up", number(0, 1, float), "share of the steps before the peak")
+        self.add_by_recipe("label-smoothing", number(0, 0.9, float), "of the loss")
+        self.add(
+            "--every", default=every, type=number(1), help=f"steps between heatmaps of an image (default: {every})"
+        )
+        self.add("--samples", default=samples, type=number(1), help=f"test images to draw (default: {samples})")
+        self.add("--seed", default=0, type=number(0, 2**32 - 1), help="random seed (default: 0)")
+        text = "of the convolutions; auto is mixed_bfloat16 where the hardware has it"
+        self.add_by_recipe("precision", str, text, choices=("auto", "float32", "mixed_bfloat16"))
+        self.add("--fresh", action="store_true", help="delete the earlier run in --out and start over")
+
+    def fill(self, settings, choice):
+        """Gives the settings the defaults of their recipe, which came by the flag `choice`.
+
+        The precision becomes "float32" or "mixed_bfloat16".
+        """
+        recipe = self.recipes[settings.recipe]
+        for name in set().union(*self.recipes.values()) - set(recipe):
+            if getattr(settings, name) is not None:
+                self.error(f"--{name.replace('_', '-')} is no setting of {choice}")
+        for name, value in recipe.items():
+            length = {"steps": "epochs", "epochs": "steps"}.get(name)
+            if getattr(settings, name) is None and not (length and getattr(settings, length)):
+                setattr(settings, name, value)
+        if settings.precision == "auto":
+            settings.precision = "mixed_bfloat16" if has_bfloat16() else "float32"
+        return settings

@@ -4,10 +4,14 @@
     python cam.py dog.jpg cat.jpg --model ResNet50   of a network of keras.applications with its ImageNet weights
     python cam.py photo.jpg --model mine.keras       of any saved Keras model of the form
                                                      convolutions -> GlobalAveragePooling2D -> (Dropout) -> Dense
+    python cam.py mug.jpg --model out/caltech256/alexnet.keras      of the AlexNet that caltech256.py has trained
 
 Writes a figure for each image: the image, and over it the maps of the classes with the highest scores, all on one
 scale, each with the box around its largest part above 20% of the maximum. Scores and boxes (x0, y0, x1, y1, half-open,
 in pixels of the image) go to the console.
+
+The AlexNet gets the photo scaled to 256 pixels on its short side. Beside a saved model mine.keras, a file
+mine_classes.txt may name its classes, one a line.
 
 For the LeNet, an image is made grey and, if its background is light, inverted. Pixels that are repeated, as in a run's
 image_test.png, are taken once. An image that then is larger than 100 pixels is taken for a photo of one digit,
@@ -24,9 +28,10 @@ import numpy as np
 from PIL import Image, ImageOps
 from skimage import filters, transform
 
+from alexnet import SHORT_SIDE
 from cam import bounding_box, class_activation_model, upsample
 from files import complete_file
-from networks import NetworkError, keras_application, load_network
+from networks import NetworkError, class_names, keras_application, load_network
 
 LARGEST_IMAGE = 50_000_000  # pixels
 DIGIT_HEIGHT = 20  # pixels of an MNIST digit
@@ -92,6 +97,11 @@ def to_input(image, model):
         image = np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
     elif channels != 3:
         raise ImageError(f"the model takes images of {channels} channels; 1 and 3 can be given")
+    if model.name == "alexnet":  # as large as the photos that it has learned from, and all of it
+        if max(image.shape[:2]) > 8 * min(image.shape[:2]):
+            raise ImageError(f"an image is {image.shape[1]} x {image.shape[0]} pixels, too long for AlexNet; crop it")
+        scale = SHORT_SIDE / min(image.shape[:2])
+        height, width = (round(scale * length) for length in image.shape[:2])
     if height and width:
         image = transform.resize(image, (height, width), preserve_range=True, anti_aliasing=True)
     return image.astype(np.float32)
@@ -144,12 +154,11 @@ def run(settings):
     images = [read_image(path) for path in paths]
 
     # Network and what goes into it
-    class_names = None
     if Path(settings.model).suffix or Path(settings.model).exists():
         model = load_network(settings.model)
-        preprocess = np.asarray
+        preprocess, application_names = np.asarray, None
     else:
-        model, preprocess, class_names = keras_application(settings.model)
+        model, preprocess, application_names = keras_application(settings.model)
     try:
         cam = class_activation_model(model)
     except ValueError as error:
@@ -170,7 +179,7 @@ def run(settings):
     chosen = settings.classes and np.array(settings.classes * (len(images) if len(settings.classes) == 1 else 1))
     if chosen is not None and (len(chosen) != len(images) or chosen.min() < 0 or chosen.max() >= count):
         raise ImageError(f"--class takes one class for all images, or one for each of them, of 0..{count - 1}")
-    class_names = class_names() if class_names else [str(label) for label in range(count)]
+    names_of_classes = application_names() if application_names else class_names(settings.model, count)
     settings.out.mkdir(parents=True, exist_ok=True)
     for place, (image, (scores, maps)) in enumerate(zip(images, results, strict=True)):
         if not np.isfinite(maps).all():
@@ -183,7 +192,7 @@ def run(settings):
             maps = np.maximum(maps, 0)
         large = np.asarray(upsample(maps, *image.shape[:2]))  # (K, H, W)
         boxes = [bounding_box(class_map) for class_map in large]
-        titles = [f"{class_names[c]}\nS = {scores[c]:z.2f}, P = {probabilities[c]:.1%}" for c in shown]
+        titles = [f"{names_of_classes[c]}\nS = {scores[c]:z.2f}, P = {probabilities[c]:.1%}" for c in shown]
         draw(settings.out / f"cam_{names[place]}.png", image, large, titles, boxes)
         if settings.npy:
             with complete_file(settings.out / f"cam_{names[place]}.npy") as part:
@@ -191,7 +200,7 @@ def run(settings):
         print(f"{paths[place]} -> {settings.out / f'cam_{names[place]}.png'}")
         for c, box in zip(shown, boxes, strict=True):
             where = "nowhere positive" if box is None else "box {} {} {} {}".format(*box)
-            print(f"    {class_names[c]:<24} S = {scores[c]:z8.2f}  P = {probabilities[c]:6.1%}  {where}")
+            print(f"    {names_of_classes[c]:<24} S = {scores[c]:z8.2f}  P = {probabilities[c]:6.1%}  {where}")
 
 
 def main():

@@ -3,7 +3,6 @@
 settings.json             the settings of the run; with others it is not continued
 checkpoint.npz            weights, state of the optimizer, and running means of loss and accuracy, with checksums
 checkpoint.previous.npz   the one before
-lenet.keras               the trained model, at the end
 lock                      number of the process that uses the folder
 """
 
@@ -16,7 +15,6 @@ import numpy as np
 from files import PART, complete_file, hold
 
 SETTINGS, CHECKPOINT, PREVIOUS, LOCK = "settings.json", "checkpoint.npz", "checkpoint.previous.npz", "lock"
-MODEL = "lenet.keras"
 NOT_COMPARED = ("out", "fresh", "epochs", "evaluate")  # settings that do not change what a run computes
 
 
@@ -46,10 +44,12 @@ def claim(out, settings, clear):
         raise
     except OSError as error:
         raise SettingError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
-    for part in out.rglob(PART + "*"):  # of a run that was killed as it wrote
-        part.unlink()
+    folders = [out, *(folder for folder in out.glob("*/") if not (folder / LOCK).exists())]  # of no other run
+    for folder in folders:
+        for part in folder.glob(PART + "*"):  # of a run that was killed as it wrote
+            part.unlink()
     if clear:
-        for name in (CHECKPOINT, PREVIOUS, MODEL):
+        for name in (CHECKPOINT, PREVIOUS):
             (out / name).unlink(missing_ok=True)
         clear(out)
         (out / SETTINGS).unlink(missing_ok=True)  # last: what is left after a kill is not taken for another run's

@@ -16,6 +16,7 @@ from conftest import ROOT, SMALL, assert_one_line_error, run, write_data
 from PIL import Image
 
 from files import PART, hold
+from state import claim
 
 STEPS = 150
 
@@ -186,6 +187,15 @@ def test_settings_of_another_run_are_refused(small_data, stopped_run):
     assert_one_line_error(run(*command(small_data, stopped_run)), "settings.json is damaged", "--fresh")
     del before[stopped_run / "settings.json"]
     assert before.items() <= files_as_they_are(stopped_run).items()
+
+
+def test_what_a_run_in_a_folder_below_is_writing_stays(tmp_path):
+    mine, other = tmp_path / "img_0" / f"{PART}cmap_0.png", tmp_path / "full" / f"{PART}checkpoint.npz"
+    for path in (mine, other, tmp_path / "full" / "lock"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    claim(tmp_path, {}, None).close()
+    assert (mine.exists(), other.exists()) == (False, True)
 
 
 def limited(size):

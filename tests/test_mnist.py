@@ -2,6 +2,7 @@
 
 import csv
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import keras
@@ -12,6 +13,7 @@ from PIL import Image
 
 import cam
 import mnist
+import training
 from data.dataset import Part, load_dataset
 
 
@@ -170,12 +172,17 @@ def settings(recipe, batch_size=4, seed=3):
     return SimpleNamespace(**mnist.RECIPES[recipe] | {"recipe": recipe, "batch_size": batch_size, "seed": seed})
 
 
+def batches(train, recipe, steps, first_step=0):
+    make = partial(mnist.make_batch, train, settings(recipe), steps)
+    return training.Batches(make, first_step, steps)
+
+
 def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
     rng = np.random.default_rng(0)
     train = Part(rng.integers(0, 256, (10, 20, 20, 1), dtype=np.uint8), np.arange(10), None)
-    from_start = mnist.Batches(train, settings("default"), steps=10, first_step=0)
+    from_start = batches(train, "default", steps=10)
     from_start = [from_start[index] for index in range(len(from_start))]
-    from_five = mnist.Batches(train, settings("default"), steps=10, first_step=5)
+    from_five = batches(train, "default", steps=10, first_step=5)
     from_five = [from_five[index] for index in range(len(from_five))]
     for (images, labels), (same_images, same_labels) in zip(from_start[5:], from_five, strict=True):
         np.testing.assert_array_equal(images, same_images)
@@ -189,17 +196,17 @@ def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
 def test_distortions_fade_out():
     images = np.zeros((4, 28, 28, 1), np.uint8)
     images[:, 4:20, 6:9] = 255
-    batches = mnist.Batches(Part(images, np.arange(4), None), settings("default"), steps=1000, first_step=0)
-    change = [np.abs(batches[step][0].astype(int) - images).mean() for step in (0, 500, 900, 999)]
+    found = batches(Part(images, np.arange(4), None), "default", steps=1000)
+    change = [np.abs(found[step][0].astype(int) - images).mean() for step in (0, 500, 900, 999)]
     assert change[0] > change[1] > change[2] > change[3]
     assert change[3] < change[0] / 100
 
 
 def test_the_originals_batches_come_in_file_order_as_they_are():
     images = np.random.default_rng(0).integers(0, 256, (10, 20, 20, 1), dtype=np.uint8)
-    batches = mnist.Batches(Part(images, np.arange(10), None), settings("original"), steps=10, first_step=1)
+    found = batches(Part(images, np.arange(10), None), "original", steps=10, first_step=1)
     for index, indices in enumerate(([4, 5, 6, 7], [8, 9, 0, 1])):
-        batch, labels = batches[index]
+        batch, labels = found[index]
         assert labels.argmax(axis=1).tolist() == indices
         np.testing.assert_array_equal(batch, images[indices])
 

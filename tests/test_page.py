@@ -23,8 +23,8 @@ const set = (id, property, value) => { element(id)[property] = value; element(id
 report.end = state();
 at(0); report.start = state();
 set("wrong", "checked", true); report.wrong = state();
-set("wrong", "checked", false); set("digit", "value", "3"); report.three = state();
-set("digit", "value", ""); frame = () => {}; at(1); report.pixels = pixels(2);
+set("wrong", "checked", false); set("class", "value", "3"); report.three = state();
+set("class", "value", ""); frame = () => {}; at(1); report.pixels = pixels(2);
 at(0); element("play").click(); report.playing = element("play").textContent;
 setTimeout(() => {
   report.played = +slider.value; report.stopped = element("play").textContent;
@@ -37,7 +37,7 @@ setTimeout(() => {
 def run():
     """Three steps, four images of 12 x 16 pixels, maps of 3 x 4 cells."""
     rng = np.random.default_rng(0)
-    names = {"accuracy": "accuracy", "gt_known": "GT-known localisation"}
+    measures = {"accuracy": "accuracy", "gt_known": "GT-known localisation"}
     history = [
         {"step": 100 * k, "images": 3200 * k, "test_accuracy": k / 2, "test_gt_known": k / 4, "loss": ""}
         for k in range(3)
@@ -50,7 +50,8 @@ def run():
         "history": history,
         "predictions": [[0, 0, 3, 0], [3, 1, 3, 1], [3, 1, 3, 0]],
         "maps": lambda step: maps[step // 100],
-        "names": names,
+        "measures": measures,
+        "names": ["zero", "one", "two", "three"],
     }
 
 
@@ -87,7 +88,10 @@ def test_the_page_without_boxes(run, tmp_path):
     assert page["samples"][0]["box"] is None
 
 
-def test_the_page_in_a_browser(run, tmp_path):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_page_in_a_browser(run, channels, tmp_path):
+    rng = np.random.default_rng(1)
+    run["images"] = rng.integers(0, 256, (4, 12, 16, channels), dtype=np.uint8)
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no Chromium here to open the page in")
@@ -107,9 +111,9 @@ def test_the_page_in_a_browser(run, tmp_path):
     assert report["end"]["text"] == (
         "step 200: 6,400 training images seen, accuracy 100.0%, GT-known localisation 50.0%"
     )
-    assert report["end"]["captions"][1] == "image 1: 1, read as 1|"
+    assert report["end"]["captions"][1] == "image 1: one, taken for one|"
     assert report["start"]["text"].startswith("step 0: 0 training images seen, accuracy 0.0%")
-    assert report["start"]["captions"][1] == "image 1: 1, read as 0|wrong"
+    assert report["start"]["captions"][1] == "image 1: one, taken for zero|wrong"
     assert report["start"]["mark"] != report["end"]["mark"]
     assert report["start"]["shown"] == [0, 1, 2, 3]
     assert report["wrong"]["shown"] == [0, 1]
@@ -120,6 +124,6 @@ def test_the_page_in_a_browser(run, tmp_path):
     # The page normalises before it upsamples, and in 256 shades.
     cells = normalize(run["maps"](100))[2:3]
     heatmap = np.asarray(upsample(np.rint(255 * cells) / 255, 12, 16))[0]
-    expected = overlay(run["images"][2], heatmap.clip(0, 1))
+    expected = overlay(run["images"][2], heatmap.clip(0, 1), invert=channels == 1)
     assert np.abs(drawn[:, :, :3].astype(int) - expected).max() <= 12  # a shade apart by rounding
     assert (drawn[:, :, 3] == 255).all()

@@ -1,0 +1,193 @@
+"""caltech256.py, run as a user runs it: on a small archive of coloured shapes, and a little on real photos."""
+
+import csv
+import json
+import re
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+from conftest import assert_one_line_error, run
+from PIL import Image
+from skimage import data, draw
+from test_photos import encoded, write_tar
+
+import caltech256
+from alexnet import alexnet
+from cam import class_activation_model
+from data.photos import load_photos
+
+SHAPES = {"001.disc": (220, 40, 40), "002.square": (40, 60, 220), "003.stripes": (30, 200, 60)}
+SMALL = ["--weights", "none", "--batch-size", 4, "--every", 2, "--samples", 4]
+
+
+def shape(category, rng):
+    """A photo of a shape somewhere on noise, of a size of its own."""
+    height, width = rng.integers(60, 110, 2)
+    pixels = rng.integers(90, 160, (height, width, 3)).astype(np.uint8)
+    y, x, side = rng.integers(20, height - 20), rng.integers(20, width - 20), 14
+    rows, columns = np.mgrid[y - side : y + side, x - side : x + side]
+    if category == "001.disc":
+        rows, columns = draw.disk((y, x), side)
+    elif category == "003.stripes":
+        rows, columns = rows[::4], columns[::4]
+    pixels[rows, columns] = SHAPES[category]
+    return pixels
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    files = {
+        f"256_ObjectCategories/{category}/{category[:3]}_{index:04}.jpg": encoded(shape(category, rng))
+        for category in SHAPES
+        for index in range(1, 15)
+    }
+    return write_tar(tmp_path_factory.mktemp("photos") / "shapes.tar", files)
+
+
+@pytest.fixture(scope="module")
+def small_run(archive):
+    out = archive.parent / "out"
+    process = run("caltech256.py", "--data", archive, "--out", out, "--steps", 3, *SMALL)
+    assert process.returncode == 0, process.stderr
+    return out, process
+
+
+def rows(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_a_run_writes(small_run, archive):
+    out, process = small_run
+    assert "12 training photos, 30 test photos of 3 categories" in process.stdout
+    assert "on all 30 test images" in process.stdout
+    maps = [f"cmap_{step}.png" for step in (0, 2, 3)]
+    for sample in range(4):
+        assert sorted(path.name for path in (out / f"img_{sample}").iterdir()) == sorted(
+            [*maps, "classes.png", "evolution.png", "image_test.png"]
+        )
+    wanted = {"accuracy.png", "alexnet.keras", "alexnet_classes.txt", "history.csv", "index.html", "overview.png"}
+    assert wanted < {path.name for path in out.iterdir()}
+    assert (out / "alexnet_classes.txt").read_text() == "disc\nsquare\nstripes\n"
+    history = rows(out / "history.csv")
+    assert [row["step"] for row in history] == ["0", "2", "3"]
+    assert [row["images"] for row in history] == ["0", "8", "12"]
+    page = json.loads(re.search(r"^const run = (.*);$", (out / "index.html").read_text(), re.MULTILINE)[1])
+    assert page["classes"] == ["disc", "square", "stripes"]
+    assert [sample["label"] for sample in page["samples"]] == [0, 1, 2, 0]
+    # The picture is that of the photo, in colour, and the map over it is that of the saved model.
+    _, test, _, _ = load_photos(archive)
+    photo = caltech256.decode(test.photos[1], 256, 224)
+    picture = np.asarray(Image.open(out / "img_1" / "image_test.png"))
+    np.testing.assert_array_equal(picture[::2, ::2], photo)
+    _, found = class_activation_model(keras.models.load_model(out / "alexnet.keras")).predict(photo[None], verbose=0)
+    saved = np.load(out / "maps" / "3.npy")[1]
+    assert np.corrcoef(saved.ravel(), found[0, :, :, 1].ravel())[0, 1] > 0.98
+
+
+def test_a_finished_run_stays_as_it_is(small_run, archive):
+    out, _ = small_run
+    before = (out / "alexnet.keras").read_bytes()
+    process = run("caltech256.py", "--data", archive, "--out", out, "--steps", 3, *SMALL)
+    assert process.returncode == 0
+    assert "finished; --fresh deletes it" in process.stdout
+    assert (out / "alexnet.keras").read_bytes() == before
+
+
+def test_a_photo_in_maps_out(small_run, tmp_path):
+    out, _ = small_run
+    pixels = shape("002.square", np.random.default_rng(1)).repeat(8, axis=0).repeat(8, axis=1)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    model = out / "alexnet.keras"
+    process = run("cam.py", tmp_path / "photo.png", "--model", model, "--top", 3, "--npy", "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    found = re.findall(r"^ +(\w+) +S = .*box (\d+) (\d+) (\d+) (\d+)$", process.stdout, re.MULTILINE)
+    assert {name for name, *_ in found} <= {"disc", "square", "stripes"}
+    boxes = np.array([box for _, *box in found], int)
+    assert (boxes[:, 2] <= pixels.shape[1]).all()
+    assert (boxes[:, 3] <= pixels.shape[0]).all()
+    # The network saw all of the photo, at 256 pixels on its short side.
+    short, long = sorted(pixels.shape[:2])
+    cells = sorted(np.load(tmp_path / "cam_photo.npy").shape[1:])
+    assert cells[0] == 15
+    assert abs(cells[1] - 15 * long / short) <= 1
+
+
+def test_names_that_do_not_fit_the_model(small_run, tmp_path):
+    out, _ = small_run
+    names = out / "alexnet_classes.txt"
+    text = names.read_text()
+    try:
+        names.write_text("disc\n")
+        process = run("cam.py", out / "img_0" / "image_test.png", "--model", out / "alexnet.keras", "--out", tmp_path)
+        assert_one_line_error(process, "alexnet_classes.txt", "1 lines", "3 classes")
+    finally:
+        names.write_text(text)
+
+
+def test_bad_input(archive, tmp_path):
+    here = ["--out", tmp_path / "out", *SMALL]
+    cases = [
+        (["--data", tmp_path / "no.tar", *here], ["no.tar is missing"]),
+        (["--data", archive, *here, "--weights", tmp_path / "no.npz"], ["no.npz is missing"]),
+        (["--data", archive, *here, "--categories", "tea"], ["no category 'tea'", "disc, square, stripes"]),
+        (["--data", archive, *here, "--batch-size", 13], ["--batch-size 13", "12"]),
+        (["--data", archive, *here, "--old-rate", 0.5], ["--old-rate is no setting of --weights none"]),
+    ]
+    for arguments, parts in cases:
+        assert_one_line_error(run("caltech256.py", *arguments), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_batch_of_a_step_depends_on_nothing_else(archive):
+    training, _, names, _ = load_photos(archive)
+    settings = SimpleNamespace(seed=3, batch_size=5)
+    make = lambda step: caltech256.make_batch(training, len(names), settings, step)  # noqa: E731
+    photos, labels = make(7)
+    make(2)
+    assert photos.shape == (5, 224, 224, 3)
+    for first, again in zip((photos, labels), make(7), strict=True):
+        np.testing.assert_array_equal(first, again)
+    # Two epochs and a bit: each photo as often as any other, at places of its own.
+    labels = np.concatenate([make(step)[1] for step in range(12)])[:48]
+    np.testing.assert_array_equal(labels.sum(axis=0), [16, 16, 16])
+    assert np.abs(make(0)[0].astype(int) - make(12)[0]).max() > 0
+
+
+def test_fine_tuning_takes_smaller_steps_with_the_old_weights():
+    """Early steps of Adam have the size of the rate, whatever the gradient."""
+    model = alexnet(3)
+    before = model.get_weights()
+    settings = SimpleNamespace(recipe="pretrained", learning_rate=1e-3, old_rate=0.25, warm_up=0.5)
+    optimizer = caltech256.adam(settings, steps=4)
+    model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+    optimizer.build(model.trainable_variables)
+    for each in optimizer.optimizers:
+        each.iterations.assign(2)  # where the rate is at its peak
+    photos = np.random.default_rng(0).integers(0, 256, (2, 100, 100, 3))
+    model.train_on_batch(photos.astype(np.float32), np.eye(3)[:2])
+    after = zip(model.weights, model.get_weights(), before, strict=True)
+    steps = {variable.path: np.abs(now - then).max() for variable, now, then in after}
+    assert len(steps) == 13
+    for path, step in steps.items():
+        share = 0.25 if re.match("conv[1-5]/", path) else 1
+        assert step == pytest.approx(share * steps["softmax_weights/kernel"], rel=0.02)
+
+
+def test_it_learns_real_photos(real_data, tmp_path):
+    """Three categories, 30 steps of 16 photos: chance is 33%."""
+    process = run(
+        *("caltech256.py", "--data", real_data / "256_ObjectCategories_10.tar", "--out", tmp_path / "out"),
+        *("--weights", real_data / "alexnet_imagenet_conv.npz", "--categories", "coffee-mug", "touring-bike"),
+        *("laptop-101", "--steps", 30, "--batch-size", 16, "--every", 30, "--samples", 3),
+    )
+    assert process.returncode == 0, process.stderr
+    assert float(rows(tmp_path / "out" / "history.csv")[-1]["test_accuracy"]) >= 0.8
+    # The saved network is that network; and it takes another mug, from elsewhere, for one.
+    Image.fromarray(data.coffee()).save(tmp_path / "mug.png")
+    model = tmp_path / "out" / "alexnet.keras"
+    process = run("cam.py", tmp_path / "mug.png", "--model", model, "--top", 1, "--out", tmp_path)
+    assert "coffee-mug" in process.stdout, process.stderr
