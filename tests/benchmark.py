@@ -216,7 +216,7 @@ def seconds_per_step(model, steps, **arguments):
 
     times = []
     clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: times.append(time.perf_counter()))
-    model.fit(**arguments, shuffle=False, verbose=0, callbacks=[clock])
+    model.fit(**{"verbose": 0} | arguments, shuffle=False, callbacks=[clock])
     return (times[-1] - times[steps // 5]) / (steps - 1 - steps // 5)
 
 
@@ -422,13 +422,14 @@ def maps(data, rounds):
     return compare("maps of all ten classes, images", measures, matrix_limit(measures), rate)
 
 
-def trained(data, number=500, steps=100):
-    """A LeNet in the run's precision, trained a little; test images (number, H, W, 1), labels, boxes; batches."""
+def network(data, number=500, steps=0):
+    """A run's LeNet after some steps; test images (number, H, W, 1), labels and boxes; slices of a batch each."""
     from localization import BATCH
 
-    model, batches = caught(data, "--steps", steps)
-    model.fit(batches, shuffle=False, verbose=0)
-    images, labels, boxes = (None if values is None else values[:number] for values in load_dataset(data)[1])
+    model, batches = caught(data, "--steps", steps or 1)
+    if steps:
+        model.fit(batches, shuffle=False, verbose=0)
+    images, labels, boxes = (values[:number] for values in load_dataset(data)[1])
     return model, images, labels, boxes, [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
 
 
@@ -436,18 +437,18 @@ def map_here(data, folder):
     from cam import class_activation_model
     from localization import predict
 
-    model, images, *_ = trained(data)
+    model, images, *_ = network(data)
     cam = class_activation_model(model)
     return per_image(lambda: list(predict(cam, images)), len(images))
 
 
 def forward(data, folder):
-    model, images, *_, parts = trained(data)
+    model, images, *_, parts = network(data)
     return per_image(lambda: [model.predict_on_batch(images[part]) for part in parts], len(images))
 
 
 def map_tf_keras_vis(data, folder):
-    model, images, labels, _, parts = trained(data)
+    model, images, labels, _, parts = network(data)
 
     from tf_keras_vis.gradcam import Gradcam
     from tf_keras_vis.utils.scores import CategoricalScore
@@ -498,7 +499,7 @@ def true_class_maps(data, number):
     """Test images (number, H, W, 1), the maps (number, h, w) of their true classes, and boxes (number, 4)."""
     from cam import class_activation_model
 
-    model, images, labels, boxes, _ = trained(data, number)
+    model, images, labels, boxes, _ = network(data, number, steps=100)
     _, all_maps = class_activation_model(model).predict_on_batch(images)
     return images, all_maps[np.arange(number), :, :, labels], boxes
 
@@ -679,24 +680,28 @@ def scaling(data, rounds):
     for title, work, seconds, power in (
         ("images: tarball to array", SIZES, [cost[number, 100][0] for number in SIZES], 1),
         ("images: one epoch on 70% of them", SIZES, [cost[number, 100][1] for number in SIZES], 1),
-        ("pixels: one epoch on 210 images, by side", SIDES, [cost[300, side][1] for side in SIDES], 2),
+        ("pixels: a step of training on 16 images, by side", SIDES, [cost[300, side][2] for side in SIDES], 2),
     ):
-        points = ", ".join(f"{size:,}: {duration(time)}" for size, time in zip(work, seconds, strict=True))
+        points = ", ".join(f"{size:,}: {duration(cost_of)}" for size, cost_of in zip(work, seconds, strict=True))
         print(f"| {title} | {points} | {np.polyfit(power * np.log(work), np.log(seconds), 1)[0]:.2f} |", flush=True)
     return []
 
 
 def scale_here(data, folder, number, side):
-    """Measures seconds from tarball to array, and of an epoch, for the images of the data folder, resized, repeated."""
+    """Measures seconds from tarball to array, of an epoch, and of a step, for images of the data folder, repeated."""
     from PIL import Image
 
-    labels = [line.split("\t")[1] for line in (Path(data) / LABELS).read_text().splitlines()]
+    parts = load_dataset(data)
+    images, labels = parts[0].images, np.concatenate([part.labels for part in parts])
     folder = Path(folder)
     with tarfile.open(folder / TARBALL, "w:gz", compresslevel=1) as tarball, (folder / LABELS).open("w") as table:
         for index in progress(range(number), number, "writing a tarball"):
             member, source, file = tarfile.TarInfo(f"img_{index + 1}.png"), index % len(labels), io.BytesIO()
-            with Image.open(Path(data) / "img" / f"img_{source + 1}.png") as image:
-                image.resize((side, side)).save(file, "PNG", compress_level=1)
+            path = Path(data) / "img" / f"img_{source + 1}.png"
+            if side == images.shape[1]:
+                file.write(path.read_bytes())
+            else:
+                Image.open(path).resize((side, side)).save(file, "PNG")
             member.size = file.tell()
             file.seek(0)
             tarball.addfile(member, file)
@@ -706,7 +711,9 @@ def scale_here(data, folder, number, side):
         reading = timed(load_dataset, folder)
         model, batches = caught(folder, "--epochs", 1)
         model.fit(batches, steps_per_epoch=5, shuffle=False, verbose=0)  # builds the graph
-        return reading, timed(lambda: model.fit(batches, shuffle=False, verbose=1 if sys.stderr.isatty() else 0))
+        start = time.perf_counter()
+        step = seconds_per_step(model, len(batches), x=batches, verbose=int(sys.stderr.isatty()))
+        return reading, time.perf_counter() - start, step
 
     return measure
 
@@ -757,7 +764,7 @@ def main():
     if test.boxes is None or len(test.labels) < 500:
         parser.exit(2, f"benchmark.py: {arguments.data} must have boxes.txt and at least 500 test images\n")
 
-    print(header(arguments))
+    print(header(arguments), flush=True)
     print("\n| | here | instead | ratio: median (least to greatest) | limit |\n|---|---|---|---|---|")
     for part in arguments.parts or PARTS:
         for row in PARTS[part](str(arguments.data), arguments.rounds):
@@ -767,4 +774,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:  # of a contestant
+        sys.exit(f"benchmark.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
