@@ -3,7 +3,6 @@
 Not by `tf.distribute`: with Keras 3.15 its MultiWorkerMirroredStrategy does not work with `fit` (README).
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -18,7 +17,7 @@ STEPS, BATCH_SIZE, WORKERS = 6, 8, 2
 
 
 def train(data, part, parts):
-    """Trains on the images part, part + parts, part + 2 parts ... of each batch; prints the loss at each step."""
+    """Trains on the images part, part + parts, part + 2 parts ... of each batch; saves losses and weights."""
     sys.path.insert(0, str(ROOT))
     import keras
 
@@ -47,24 +46,22 @@ def train(data, part, parts):
     losses = []
     record = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(float(logs["loss"])))
     model.fit(Share(images, settings, STEPS, 0), shuffle=False, verbose=0, callbacks=[record])
-    print(json.dumps([losses, *(weights.tolist() for weights in model.get_weights())]))
+    np.savez(data / f"{part}_of_{parts}.npz", losses, *model.get_weights())
 
 
 def start(data, part=0, parts=1, **environment):
     return subprocess.Popen(
         [sys.executable, __file__, data, str(part), str(parts)],
         env=os.environ | {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=(data / f"{part}_of_{parts}.log").open("w"),
     )
 
 
-def result(process):
+def result(process, data, part=0, parts=1):
     """Loss at each step, and the weights at the end."""
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return [np.array(values) for values in json.loads(output.splitlines()[-1])]
+    assert process.wait(timeout=300) == 0, (data / f"{part}_of_{parts}.log").read_text()
+    with np.load(data / f"{part}_of_{parts}.npz") as file:
+        return [file[name] for name in file.files]
 
 
 def test_two_workers_train_as_one(tmp_path):
@@ -72,7 +69,7 @@ def test_two_workers_train_as_one(tmp_path):
     data = write_data(
         tmp_path, np.random.default_rng(0).integers(0, 256, (40, 20, 24), dtype=np.uint8), np.arange(40) % 10
     )
-    alone = result(start(data))  # extracts the tarball
+    alone = result(start(data), data)  # extracts the tarball
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # free, and free again now
     workers = [
@@ -87,8 +84,8 @@ def test_two_workers_train_as_one(tmp_path):
         for part in range(WORKERS)
     ]
     try:
-        for worker in workers:
-            for values, expected in zip(result(worker), alone, strict=True):
+        for part, worker in enumerate(workers):
+            for values, expected in zip(result(worker, data, part, WORKERS), alone, strict=True):
                 np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
     finally:
         for worker in workers:
