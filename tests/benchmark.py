@@ -1,0 +1,782 @@
+"""How fast this project is, against what a user would do instead: a Markdown table, measured where it runs.
+
+    python tests/benchmark.py                     everything, in about a quarter of an hour on two cores
+    python tests/benchmark.py training maps       some parts of it
+    python tests/benchmark.py --data data/full    on 100,000 images (README, "The full experiment")
+    python tests/benchmark.py --rounds 1          quick and rough
+
+Each thing is measured in a process of its own, which has warmed up and sleeps while others are measured; the things of
+a part take turns, A B C A B C ..., `--rounds` times. A ratio is that of two measures of one round; the table has the
+median of the ratios, and the least and the greatest. Nothing else should run.
+
+Peers that are not installed are left out and named below the table. To install them (a PyTorch for the CPU will do):
+
+    pip install torch torchcam tf-keras-vis
+
+What a row stands on: the images to 97% are constants, IMAGES_TO_97 below. Training is that of mnist.py, model and
+batches, with distortions; the peers train on undistorted arrays in memory. Grad-CAM and CAM of the peers give the
+map of one class, at the size of the feature maps, as here. The share of training steps is that of a run of SHORT_RUN
+steps, in which steps and heatmaps are then counted as often as the default run has them. The memory of the original is
+that of 1,000 images, scaled. Files that were just written are in the operating system's cache.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.dataset import LABELS, TARBALL, DataError, load_dataset, progress
+
+HERE, LIMIT = "here", "limit of the machine"
+ORIGINAL = "`--recipe original`"
+# Images that take a network to 97%: here the whole default recipe, for its last, small steps count; there the 50 epochs
+# of 70,000 images after which the repository of 2017 reported 97%.
+IMAGES_TO_97 = {HERE: 5_250 * 16, ORIGINAL: 50 * 70_000}
+SHORT_RUN = 525  # steps, a tenth of the default recipe's
+MATRIX = 4096  # rows and columns of the matrices whose product is the limit of training and maps
+SIZES, SIDES = (1_000, 10_000, 100_000), (50, 100, 200, 400)  # of the curve of cost: images, pixels
+PEERS = ("torch", "torchcam", "tf-keras-vis")
+left_out = {}  # the reason, by name
+
+
+def race(part, rounds, data, contestants):
+    """Measures contestants in turn.
+
+    Args:
+        part: What is measured, for the progress.
+        rounds: How often each is measured.
+        data: The data folder.
+        contestants: By name (function, arguments ...). The function is called once, with the data folder, a temporary
+            folder and the arguments; what it returns is called for each measure: a number, or several.
+
+    Returns:
+        The measures by name, (rounds, ...); a contestant that failed is missing, and named in `left_out`.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, measures = {}, [], {}
+    with tempfile.TemporaryDirectory() as folder:  # deleted at the end: deleting slows a disk down for a while
+        try:
+            for name, task in progress(contestants.items(), len(contestants), f"{part}: preparing"):
+                pipes[name], end = context.Pipe()
+                processes.append(context.Process(target=contest, args=(end, data, folder, *task), daemon=True))
+                processes[-1].start()
+                end.close()
+                if (reason := receive(pipes[name])) is not None:
+                    if name not in (HERE, LIMIT):
+                        left_out[f"{name} ({part})"] = reason
+                        del pipes[name]
+                    else:
+                        raise RuntimeError(f"{part}, {name}: {reason}")
+            for name in progress([*pipes] * rounds, len(pipes) * rounds, f"{part}: measuring"):
+                pipes[name].send("go")
+                if isinstance(measure := receive(pipes[name]), str):
+                    raise RuntimeError(f"{part}, {name}: {measure}")
+                measures.setdefault(name, []).append(measure)
+        finally:
+            for pipe in pipes.values():
+                pipe.close()
+            for process in processes:
+                process.join(5)
+                process.terminate()
+                process.join()
+    return {name: np.array(values) for name, values in measures.items()}
+
+
+def receive(pipe):
+    try:
+        return pipe.recv()
+    except EOFError:
+        return "its process ended"
+
+
+def contest(pipe, data, folder, function, *arguments):
+    """The process of a contestant: sends None when it is ready, then its measures; a text when it fails."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    sys.stdout = sys.stderr  # the table alone goes to standard output
+    try:
+        measure = function(data, folder, *arguments)
+        pipe.send(None)
+        while pipe.recv():
+            pipe.send(measure())
+    except EOFError:  # all is measured
+        pass
+    except Exception as error:  # whatever a peer raises
+        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def timed(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def per_image(function, number):
+    """Calls a function of `number` images once, and returns how to measure seconds per image."""
+    function()
+    return lambda: timed(function) / number
+
+
+def compare(title, measures, limit, text):
+    """A table row for each of the others; `text` shows seconds."""
+    here = measures[HERE]
+    return [
+        [title, text(np.median(here)), f"{name}: {text(np.median(seconds))}", spread(seconds / here), limit]
+        for name, seconds in measures.items()
+        if name not in (HERE, LIMIT)
+    ]
+
+
+def spread(ratios):
+    return f"{np.median(ratios):.3g} ({ratios.min():.3g} to {ratios.max():.3g})"
+
+
+def rate(seconds):
+    return f"{1 / seconds:,.0f}/s" if seconds < 0.1 else f"{1 / seconds:.2g}/s"
+
+
+def duration(seconds):
+    return f"{seconds:,.0f} s" if seconds > 20 else f"{seconds:.2g} s"
+
+
+# Training
+
+
+def training(data, rounds):
+    contestants = {
+        HERE: (train_here, 200),
+        ORIGINAL: (train_here, 6, "--recipe", "original"),
+        "Keras `fit`, float32, RGB": (train_keras, 6),
+        "PyTorch, float32": (train_torch, 6, False),
+        "PyTorch, bfloat16": (train_torch, 6, True),
+        LIMIT: (multiply_matrices, True),
+    }
+    measures = race("training", rounds, data, contestants)
+    limit = matrix_limit(measures)
+    whole = {name: images * measures[name] for name, images in IMAGES_TO_97.items() if name in measures}
+    return [
+        *compare("time to 97% on 100,000 images, images needed x time per image", whole, limit, duration),
+        *compare("training, images", measures, limit, rate),
+    ]
+
+
+def mnist_settings(data, *flags):
+    """The settings of `python mnist.py --data DATA FLAG ...`."""
+    from mnist import RECIPES
+    from settings import parse_settings
+
+    with mock.patch.object(sys, "argv", ["mnist.py", "--data", str(data), *map(str, flags)]):
+        return parse_settings(None, RECIPES)
+
+
+class Caught(BaseException):
+    """The model and the batches with which mnist.py calls `fit`."""
+
+
+def caught(data, *flags):
+    """The model that `python mnist.py --data DATA FLAG ...` trains, and its batches."""
+    import mnist
+    from quiet import keras
+
+    def catch(model, batches, **_):
+        raise Caught(model, batches)
+
+    with (
+        tempfile.TemporaryDirectory() as out,
+        mock.patch.object(keras.Model, "fit", catch),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        try:
+            mnist.run(mnist_settings(data, "--out", out, *flags))
+        except Caught as found:
+            return found.args
+
+
+def seconds_per_step(model, steps, **arguments):
+    """Trains; the first fifth of the steps, in which the queue of batches fills, is not counted."""
+    from quiet import keras
+
+    times = []
+    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: times.append(time.perf_counter()))
+    model.fit(**{"verbose": 0} | arguments, shuffle=False, callbacks=[clock])
+    return (times[-1] - times[steps // 5]) / (steps - 1 - steps // 5)
+
+
+def train_here(data, folder, steps, *flags):
+    model, batches = caught(data, "--steps", steps, *flags)
+    seconds_per_step(model, steps, x=batches)
+    return lambda: seconds_per_step(model, steps, x=batches) / len(batches[0][1])
+
+
+def train_keras(data, folder, steps, size=256):
+    """The network and the input of 2017, as one writes them down in Keras."""
+    from quiet import keras
+
+    # isort: split
+    from keras import layers
+
+    images, labels = float_images(data, steps * size)
+    images = images.repeat(3, axis=3)  # (N, H, W, 3)
+    model = keras.Sequential(
+        [
+            *(layers.Conv2D(32, 5, padding="same", activation="relu"), layers.MaxPooling2D()),
+            *(layers.Conv2D(64, 5, padding="same", activation="relu"), layers.MaxPooling2D()),
+            *(layers.GlobalAveragePooling2D(), layers.Dense(10, use_bias=False)),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(0.5), keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"])
+    seconds_per_step(model, steps, x=images, y=labels, batch_size=size)
+    return lambda: seconds_per_step(model, steps, x=images, y=labels, batch_size=size) / size
+
+
+def train_torch(data, folder, steps, bfloat16, size=256):
+    import torch
+
+    device, network, images, labels = torch_lenet(data, steps * size)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+
+    def epoch():
+        for x, y in zip(images.split(size), labels.split(size), strict=True):
+            optimizer.zero_grad()
+            with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+                loss = torch.nn.functional.cross_entropy(network(x), y)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return per_image(epoch, len(labels))
+
+
+def float_images(data, number):
+    """Images (number, H, W, 1) float32 in 0..1, and labels (number,)."""
+    train, _ = load_dataset(data)
+    chosen = np.arange(number) % len(train.labels)
+    return train.images[chosen] / np.float32(255), train.labels[chosen]
+
+
+def torch_lenet(data, number):
+    """Device, LeNet in PyTorch, images and labels, channels last."""
+    import torch
+    from torch import nn
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 32, 5, padding="same"), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 5, padding="same"), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10, bias=False)),
+    ).to(device, memory_format=torch.channels_last)
+    images, labels = float_images(data, number)
+    images = torch.from_numpy(images.transpose(0, 3, 1, 2)).to(device, memory_format=torch.channels_last)
+    return device, network, images, torch.from_numpy(labels).to(device)
+
+
+def multiply_matrices(data, folder, backward):
+    """Measures seconds per floating-point operation in the run's precision; with operations per image, and bits."""
+    from quiet import keras
+
+    # isort: split
+    from lenet import lenet
+
+    precision = mnist_settings(data).precision.removeprefix("mixed_")
+    matrix = keras.random.normal((MATRIX, MATRIX), dtype=precision)
+    train, _ = load_dataset(data)
+    count = operations(lenet(), train.images.shape[1:], backward)
+    seconds = per_image(lambda: float(keras.ops.matmul(matrix, matrix)[0, 0]), 2 * MATRIX**3)
+    return lambda: (seconds(), count, int(precision.lstrip("bfloat")))
+
+
+def operations(model, shape, backward):
+    """Floating-point operations of a LeNet for an image of a shape (H, W, 1): two per weight and place."""
+    total, inputs, shape = 0, 0, (1, *shape)
+    for layer in model.layers[1:]:
+        shape = layer.compute_output_shape(shape)
+        if layer.weights:
+            forward = 2 * np.prod(shape) * np.prod(layer.kernel.shape[:-1])
+            # Backward as many for the gradient of the weights, and of the layer's input, if that is not the image.
+            total += forward * (1 + backward * (1 + inputs))
+            inputs = 1
+    return int(total)
+
+
+def matrix_limit(measures):
+    seconds, count, bits = measures[LIMIT].min(axis=0)  # the best seen, for it is a limit
+    return (
+        f"{count * seconds / np.median(measures[HERE]):.0%} of the {1e-9 / seconds:,.0f} GFLOP/s of a large matrix "
+        f"product in {bits:.0f} bits; {count / 1e9:.3f} GFLOP per image"
+    )
+
+
+# A whole run
+
+
+def whole_run(data, rounds):
+    """Once: its time and memory hardly vary."""
+    number = sum(len(part.labels) for part in load_dataset(data))
+    size = load_dataset(data)[0].images[0].size
+    measures = race("run", 1, data, {HERE: (run_here,), "RGB": (load_rgb,)})
+    share, whole, peak = measures[HERE][0]
+    rgb = measures["RGB"] * number
+    title = f"share of {duration(whole)} of `python mnist.py`, tarball extracted, in training steps"
+    return [
+        [title, f"{share:.0%}", "-", "-", "-"],
+        [
+            f"peak memory, {number:,} images",
+            f"{peak / 1e9:.2g} GB, the program included",
+            f"images as float64 RGB alone: {np.median(rgb) / 1e9:.3g} GB",
+            spread(rgb / peak),
+            f"{peak / (number * size):.1f} times the pixels as uint8",
+        ],
+    ]
+
+
+def run_here(data, folder):
+    """Measures the share of training steps in the default run's time, that time, and its peak of memory in bytes."""
+
+    def measure():
+        start = time.perf_counter()  # before Keras is imported
+        import mnist
+
+        steps, records = [], []
+
+        class State(mnist.State):  # the first callback
+            def on_train_batch_begin(self, batch, logs=None):
+                self.began = time.perf_counter()
+
+            def on_train_batch_end(self, batch, logs=None):
+                steps.append(time.perf_counter() - self.began)
+                super().on_train_batch_end(batch, logs)
+
+        class Heatmaps(mnist.heatmaps.Heatmaps):
+            def record(self, step, logs):
+                records.append(timed(super().record, step, logs))
+
+        settings = mnist_settings(data, "--out", folder, "--steps", SHORT_RUN)
+        with mock.patch.object(mnist, "State", State), mock.patch.object(mnist.heatmaps, "Heatmaps", Heatmaps):
+            mnist.run(settings)
+        rest = time.perf_counter() - start - sum(steps) - sum(records)
+        full = mnist.RECIPES["default"]["steps"]
+        in_steps = steps[0] + np.mean(steps[1:]) * (full - 1)  # the first builds the graph
+        in_records = records[0] + np.mean(records[1:-1]) * (full // settings.every - 1) + records[-1]
+        whole = in_steps + in_records + rest
+        return in_steps / whole, whole, peak_memory()
+
+    return measure
+
+
+def peak_memory():
+    """Of this process, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def load_rgb(data, folder, number=1000):
+    """Measures the bytes of an image as float64 RGB."""
+    from skimage import color
+    from skimage import io as skimage_io
+
+    def load(indices):
+        paths = [Path(data) / "img" / f"img_{index + 1}.png" for index in indices]
+        return [skimage_io.imread(path) for path in paths]
+
+    def measure():
+        before = peak_memory()
+        images = [color.gray2rgb(image / 255) for image in load(range(number))]
+        return (peak_memory() - before) / len(images)
+
+    load(range(10))
+    return measure
+
+
+# Maps
+
+
+def maps(data, rounds):
+    contestants = {
+        HERE: (map_here,),
+        "a plain forward pass": (forward,),
+        "tf-keras-vis, Grad-CAM, one class": (map_tf_keras_vis,),
+        "torchcam, CAM, one class, float32": (map_torchcam, False),
+        "torchcam, CAM, one class, bfloat16": (map_torchcam, True),
+        LIMIT: (multiply_matrices, False),
+    }
+    measures = race("maps", rounds, data, contestants)
+    return compare("maps of all ten classes, images", measures, matrix_limit(measures), rate)
+
+
+def network(data, number=500, steps=0):
+    """A run's LeNet after some steps; test images (number, H, W, 1), labels and boxes; slices of a batch each."""
+    from localization import BATCH
+
+    model, batches = caught(data, "--steps", steps or 1)
+    if steps:
+        model.fit(batches, shuffle=False, verbose=0)
+    images, labels, boxes = (values[:number] for values in load_dataset(data)[1])
+    return model, images, labels, boxes, [slice(first, first + BATCH) for first in range(0, len(images), BATCH)]
+
+
+def map_here(data, folder):
+    from cam import class_activation_model
+    from localization import predict
+
+    model, images, *_ = network(data)
+    cam = class_activation_model(model)
+    return per_image(lambda: list(predict(cam, images)), len(images))
+
+
+def forward(data, folder):
+    model, images, *_, parts = network(data)
+    return per_image(lambda: [model.predict_on_batch(images[part]) for part in parts], len(images))
+
+
+def map_tf_keras_vis(data, folder):
+    model, images, labels, _, parts = network(data)
+
+    from tf_keras_vis.gradcam import Gradcam
+    from tf_keras_vis.utils.scores import CategoricalScore
+
+    gradcam = Gradcam(model, clone=False)
+    options = dict(penultimate_layer="feature_maps", seek_penultimate_conv_layer=False, expand_cam=False)
+
+    def run():
+        for part in parts:
+            gradcam(CategoricalScore(labels[part].tolist()), images[part].astype(np.float32), **options)
+
+    return per_image(run, len(images))
+
+
+def map_torchcam(data, folder, bfloat16, number=500, size=125):
+    import torch
+    from torchcam.methods import CAM
+
+    device, network, images, labels = torch_lenet(data, number)
+    extract = CAM(network.eval(), "5", "8")  # the last pooling, the linear layer
+
+    def run():
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            for x, y in zip(images.split(size), labels.split(size), strict=True):
+                scores = network(x)
+                extract(y.tolist(), scores)[0].float().cpu()
+
+    return per_image(run, number)
+
+
+# Heatmaps
+
+
+def heatmap_pngs(data, rounds):
+    contestants = {
+        HERE: (draw_here,),
+        "`plt.imshow` twice, `plt.savefig`": (draw_matplotlib,),
+        LIMIT: (compress,),
+    }
+    measures = race("heatmaps", rounds, data, contestants)
+    limit = (
+        f"{np.median(measures[LIMIT]) / np.median(measures[HERE]):.0%} of the rate of zlib, level 1, on these pictures"
+    )
+    return compare("heatmap PNGs", measures, limit, rate)
+
+
+def true_class_maps(data, number):
+    """Test images (number, H, W, 1), the maps (number, h, w) of their true classes, and boxes (number, 4)."""
+    from cam import class_activation_model
+
+    model, images, labels, boxes, _ = network(data, number, steps=100)
+    _, all_maps = class_activation_model(model).predict_on_batch(images)
+    return images, all_maps[np.arange(number), :, :, labels], boxes
+
+
+def draw_here(data, folder, number=50):
+    from heatmaps import Heatmaps
+
+    images, class_maps, _ = true_class_maps(data, number)
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    for index in range(number):
+        (folder / f"img_{index}").mkdir()
+    test, state = SimpleNamespace(images=images, labels=np.zeros(number)), SimpleNamespace(step=0)
+    heatmaps = Heatmaps(folder, None, test, 1, 1, number, 1, state)
+    return per_image(lambda: heatmaps.draw(0, class_maps), number)
+
+
+def compress(data, folder, number=50):
+    """Only zlib on the same pictures, in as many threads."""
+    from PIL import Image
+
+    draw_here(data, folder, number)
+    pictures = [np.asarray(Image.open(path)).tobytes() for path in sorted(Path(folder).glob("*/*/*.png"))[:number]]
+    pool = ThreadPoolExecutor()
+    return per_image(lambda: list(pool.map(lambda picture: zlib.compress(picture, 1), pictures)), number)
+
+
+def draw_matplotlib(data, folder, number=10):
+    import matplotlib.pyplot as plt
+
+    from cam import normalize, upsample
+
+    images, class_maps, _ = true_class_maps(data, number)
+
+    def draw():
+        for image, heatmap in zip(images, normalize(upsample(class_maps, *images.shape[1:3])), strict=True):
+            plt.imshow(255 - image, cmap="gray")
+            plt.imshow(heatmap, cmap="jet", alpha=0.5)
+            plt.savefig(Path(folder) / "cmap.png")
+            plt.close()
+
+    return per_image(draw, number)
+
+
+# Reading
+
+
+def reading(data, rounds):
+    contestants = {HERE: (read_here,), "`tar xzf`, `skimage.io.imread`": (read_skimage,), LIMIT: (write_and_copy,)}
+    measures = race("reading", min(rounds, 3), data, contestants)
+    first, second = ({name: seconds[:, i] for name, seconds in measures.items()} for i in (0, 1))
+    number = sum(len(part.labels) for part in load_dataset(data))
+
+    def share(seconds):
+        return f"{np.median(seconds[LIMIT]) / np.median(seconds[HERE]):.0%} of the rate at which"
+
+    limits = f"{share(first)} the same bytes are written to one file", f"{share(second)} memory is copied"
+    return [
+        *compare(f"tarball to array, {number:,} images", first, limits[0], duration),
+        *compare("second start, all pixels read", second, limits[1], duration),
+    ]
+
+
+def read_here(data, folder):
+    def load(copy):
+        for part in load_dataset(copy):
+            part.images.copy()  # they are mapped from disk
+
+    def measure():
+        copy = Path(tempfile.mkdtemp(dir=folder))
+        for name in (TARBALL, LABELS):
+            shutil.copy(Path(data) / name, copy)
+        return timed(load, copy), timed(load, copy)
+
+    return measure
+
+
+def read_skimage(data, folder):
+    from skimage import io as skimage_io
+
+    number = sum(len(part.labels) for part in load_dataset(data))
+
+    def extract(copy):
+        subprocess.run(["tar", "xzf", (Path(data) / TARBALL).resolve()], cwd=copy, check=True)
+
+    def load(copy):
+        np.array([skimage_io.imread(copy / f"img_{index}.png") for index in range(1, number + 1)])
+
+    def measure():
+        copy = Path(tempfile.mkdtemp(dir=folder))
+        extracting, loading = timed(extract, copy), timed(load, copy)
+        return extracting + loading, loading
+
+    return measure
+
+
+def write_and_copy(data, folder):
+    """All pixels and PNGs to one file; all pixels from memory to memory."""
+    pixels = np.concatenate([part.images for part in load_dataset(data)])
+    pngs = bytes(sum(path.stat().st_size for path in (Path(data) / "img").glob("*.png")))
+    target = np.zeros_like(pixels)
+
+    def write():
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(pixels.data)
+            file.write(pngs)
+
+    return lambda: (timed(write), timed(np.copyto, target, pixels))
+
+
+# Localisation
+
+
+def localisation(data, rounds):
+    contestants = {
+        HERE: (measure_here,),
+        "scikit-image, per image and threshold, IoU alone": (measure_skimage,),
+        LIMIT: (copy_masks,),
+    }
+    measures = race("localisation", rounds, data, contestants)
+    share = np.median(measures[LIMIT]) / np.median(measures[HERE])
+    limit = f"{share:.1%} of the rate at which memory copies 100 masks of a byte per pixel"
+    return compare("localisation measures, images", measures, limit, rate)
+
+
+def large_maps(data, number):
+    from cam import upsample
+
+    images, class_maps, boxes = true_class_maps(data, number)
+    return np.asarray(upsample(class_maps, *images.shape[1:3])), boxes
+
+
+def measure_here(data, folder, number=125):
+    from localization import measure
+
+    class_maps, boxes = large_maps(data, number)
+    return per_image(lambda: measure(class_maps, boxes, thorough=True), number)
+
+
+def measure_skimage(data, folder, number=5):
+    from skimage import measure
+
+    from cam import normalize
+    from localization import LEVELS
+    from localization import measure as measure_all
+
+    class_maps, boxes = large_maps(data, number)
+
+    def iou(mask, box):
+        y0, x0, y1, x1 = max(measure.regionprops(measure.label(mask)), key=lambda region: region.area).bbox
+        width, height = min(x1, box[2]) - max(x0, box[0]), min(y1, box[3]) - max(y0, box[1])
+        both = max(width, 0) * max(height, 0)
+        return both / ((x1 - x0) * (y1 - y0) + (box[2] - box[0]) * (box[3] - box[1]) - both)
+
+    def loop():
+        maps_and_boxes = zip(normalize(class_maps), boxes, strict=True)
+        return [[iou(one >= level / LEVELS, box) for level in range(LEVELS)] for one, box in maps_and_boxes]
+
+    found = measure_all(class_maps, boxes, thorough=True)["ious"]
+    np.testing.assert_allclose(np.mean(loop()), found.mean(), atol=1e-3)  # the two measure the same
+    return per_image(loop, number)
+
+
+def copy_masks(data, folder, number=20):
+    masks = np.ones((number, 100, *load_dataset(data)[0].images.shape[1:3]), np.uint8)
+    target = np.zeros_like(masks)
+    return per_image(lambda: np.copyto(target, masks), number)
+
+
+# Cost against work
+
+
+def scaling(data, rounds):
+    """Prints a table of its own, of single measures."""
+    cost = {}
+    for number, side in [*((number, 100) for number in SIZES), *((300, side) for side in SIDES)]:
+        cost[number, side] = race(f"{number:,} images of {side}", 1, data, {HERE: (scale_here, number, side)})[HERE][0]
+    print("\n| cost against work | | exponent |\n|---|---|---|")
+    for title, work, seconds, power in (
+        ("images: tarball to array", SIZES, [cost[number, 100][0] for number in SIZES], 1),
+        ("images: one epoch on 70% of them", SIZES, [cost[number, 100][1] for number in SIZES], 1),
+        ("pixels: a step of training on 16 images, by side", SIDES, [cost[300, side][2] for side in SIDES], 2),
+    ):
+        points = ", ".join(f"{size:,}: {duration(cost_of)}" for size, cost_of in zip(work, seconds, strict=True))
+        print(f"| {title} | {points} | {np.polyfit(power * np.log(work), np.log(seconds), 1)[0]:.2f} |", flush=True)
+    return []
+
+
+def scale_here(data, folder, number, side):
+    """Measures seconds from tarball to array, of an epoch, and of a step, for images of the data folder, repeated."""
+    from PIL import Image
+
+    parts = load_dataset(data)
+    images, labels = parts[0].images, np.concatenate([part.labels for part in parts])
+    folder = Path(folder)
+    with tarfile.open(folder / TARBALL, "w:gz", compresslevel=1) as tarball, (folder / LABELS).open("w") as table:
+        for index in progress(range(number), number, "writing a tarball"):
+            member, source, file = tarfile.TarInfo(f"img_{index + 1}.png"), index % len(labels), io.BytesIO()
+            path = Path(data) / "img" / f"img_{source + 1}.png"
+            if side == images.shape[1]:
+                file.write(path.read_bytes())
+            else:
+                Image.open(path).resize((side, side)).save(file, "PNG")
+            member.size = file.tell()
+            file.seek(0)
+            tarball.addfile(member, file)
+            table.write(f"{index + 1}\t{labels[source]}\n")
+
+    def measure():
+        reading = timed(load_dataset, folder)
+        model, batches = caught(folder, "--epochs", 1)
+        model.fit(batches, steps_per_epoch=5, shuffle=False, verbose=0)  # builds the graph
+        start = time.perf_counter()
+        step = seconds_per_step(model, len(batches), x=batches, verbose=int(sys.stderr.isatty()))
+        return reading, time.perf_counter() - start, step
+
+    return measure
+
+
+PARTS = {
+    "training": training,
+    "run": whole_run,
+    "maps": maps,
+    "heatmaps": heatmap_pngs,
+    "reading": reading,
+    "localisation": localisation,
+    "scaling": scaling,
+}
+
+
+def header(arguments):
+    """Hardware and versions."""
+    processor, information = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if information.exists():
+        names = [line.split(": ")[1] for line in information.read_text().splitlines() if line.startswith("model name")]
+        processor = (names or [processor])[0]
+    versions = []
+    for name in ("tensorflow", "keras", "numpy", "scikit-image", "matplotlib", *PEERS):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    load = f" (load {os.getloadavg()[0]:.1f} at the start)" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{processor}, {os.cpu_count()} cores{load}, {platform.system()}, Python {platform.python_version()}, "
+        f"{', '.join(versions)}; {arguments.rounds} rounds; data: {arguments.data}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"benchmark.py: {message}; see --help\n")  # one line
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--data", default="data", type=Path, help="folder of the data set (default: data)")
+    parser.add_argument("--rounds", default=5, type=int, help="how often each thing is measured (default: 5)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"there is no part {min(unknown)}, only {', '.join(PARTS)}")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds {arguments.rounds} is not at least 1")
+    try:
+        _, test = load_dataset(arguments.data)  # extracts the tarball, too
+    except (DataError, OSError) as error:
+        parser.exit(2, f"benchmark.py: {error}\n")
+    if test.boxes is None or len(test.labels) < 500:
+        parser.exit(2, f"benchmark.py: {arguments.data} must have boxes.txt and at least 500 test images\n")
+
+    print(header(arguments), flush=True)
+    print("\n| | here | instead | ratio: median (least to greatest) | limit |\n|---|---|---|---|---|")
+    for part in arguments.parts or PARTS:
+        for row in PARTS[part](str(arguments.data), arguments.rounds):
+            print(f"| {' | '.join(row)} |", flush=True)
+    for name, reason in left_out.items():
+        print(f"\nLeft out: {name}: {reason}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as error:  # of a contestant
+        sys.exit(f"benchmark.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
