@@ -34,7 +34,7 @@ RECIPES = {
         precision="auto",
     ),
     "scratch": dict(
-        epochs=24,
+        epochs=20,
         batch_size=32,
         learning_rate=1e-3,
         warm_up=0.1,

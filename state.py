@@ -149,6 +149,8 @@ class State(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()  # while it trains, Keras keeps the weights elsewhere
         if not np.isfinite(logs["loss"]):
             raise FloatingPointError(
                 f"the loss is {logs['loss']} at step {self.step:,}; start over with --fresh and a smaller "

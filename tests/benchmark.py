@@ -178,13 +178,13 @@ def training(data, rounds):
     ]
 
 
-def mnist_settings(data, *flags):
+def settings_of(data, *flags):
     """The settings of `python mnist.py --data DATA FLAG ...`."""
     from mnist import RECIPES
-    from settings import parse_settings
+    from settings import mnist_settings
 
     with mock.patch.object(sys, "argv", ["mnist.py", "--data", str(data), *map(str, flags)]):
-        return parse_settings(None, RECIPES)
+        return mnist_settings(None, RECIPES)
 
 
 class Caught(BaseException):
@@ -205,7 +205,7 @@ def caught(data, *flags):
         contextlib.redirect_stdout(io.StringIO()),
     ):
         try:
-            mnist.run(mnist_settings(data, "--out", out, *flags))
+            mnist.run(settings_of(data, "--out", out, *flags))
         except Caught as found:
             return found.args
 
@@ -295,7 +295,7 @@ def multiply_matrices(data, folder, backward):
     # isort: split
     from lenet import lenet
 
-    precision = mnist_settings(data).precision.removeprefix("mixed_")
+    precision = settings_of(data).precision.removeprefix("mixed_")
     matrix = keras.random.normal((MATRIX, MATRIX), dtype=precision)
     train, _ = load_dataset(data)
     count = operations(lenet(), train.images.shape[1:], backward)
@@ -353,10 +353,11 @@ def run_here(data, folder):
     def measure():
         start = time.perf_counter()  # before Keras is imported
         import mnist
+        import training
 
         steps, records = [], []
 
-        class State(mnist.State):  # the first callback
+        class State(training.State):  # the first callback
             def on_train_batch_begin(self, batch, logs=None):
                 self.began = time.perf_counter()
 
@@ -364,12 +365,12 @@ def run_here(data, folder):
                 steps.append(time.perf_counter() - self.began)
                 super().on_train_batch_end(batch, logs)
 
-        class Heatmaps(mnist.heatmaps.Heatmaps):
+        class Heatmaps(training.heatmaps.Heatmaps):
             def record(self, step, logs):
                 records.append(timed(super().record, step, logs))
 
-        settings = mnist_settings(data, "--out", folder, "--steps", SHORT_RUN)
-        with mock.patch.object(mnist, "State", State), mock.patch.object(mnist.heatmaps, "Heatmaps", Heatmaps):
+        settings = settings_of(data, "--out", folder, "--steps", SHORT_RUN)
+        with mock.patch.object(training, "State", State), mock.patch.object(training.heatmaps, "Heatmaps", Heatmaps):
             mnist.run(settings)
         rest = time.perf_counter() - start - sum(steps) - sum(records)
         full = mnist.RECIPES["default"]["steps"]

@@ -30,11 +30,11 @@ def train(data, part, parts):
 
     from data.dataset import load_dataset
     from lenet import centre_on_classes, lenet, unit_variance_start
-    from mnist import RECIPES, Batches
+    from mnist import RECIPES, make_batch
+    from training import Batches
 
-    class Share(Batches):
-        def __getitem__(self, index):
-            return tuple(values[part::parts] for values in super().__getitem__(index))
+    def share(step):
+        return tuple(values[part::parts] for values in make_batch(images, settings, STEPS, step))
 
     keras.utils.set_random_seed(0)
     images, _ = load_dataset(data)
@@ -45,7 +45,7 @@ def train(data, part, parts):
     settings = SimpleNamespace(**RECIPES["default"] | {"batch_size": BATCH_SIZE}, recipe="default", seed=0)
     losses = []
     record = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(float(logs["loss"])))
-    model.fit(Share(images, settings, STEPS, 0), shuffle=False, verbose=0, callbacks=[record])
+    model.fit(Batches(share, 0, STEPS), shuffle=False, verbose=0, callbacks=[record])
     np.savez(data / f"{part}_of_{parts}.npz", losses, *model.get_weights())
 
 
