@@ -91,9 +91,9 @@ def measure(maps, boxes, thorough=False):
     """Measures each map (N, H, W), at the size of the image, against its box (N, 4).
 
     Returns:
-        Arrays by name, whose first axis is the image: "iou" of the box by the 20% rule, "pointing" and "energy", (N,);
+        Arrays by name: "iou" of the box by the 20% rule, "pointing" and "energy", (N,);
         if `thorough` also "ious" at each threshold, (N, LEVELS), and the number of pixels per bin of the normalised
-        map, "inside" and "outside" of the box, (N, BINS + 1).
+        maps, "inside" and "outside" of the box, (1, BINS + 1), all images together.
     """
     height, width = maps.shape[1:]
     x0, y0, x1, y1 = (edge[:, None] for edge in boxes.T)  # (N, 1)
@@ -111,9 +111,9 @@ def measure(maps, boxes, thorough=False):
     if thorough:
         normalized = normalize(maps)
         found["ious"] = intersection_over_union(boxes_at_levels(normalized), boxes[:, None])
-        bins = (normalized.reshape(flat.shape) * BINS).astype(int) + (BINS + 1) * np.arange(len(maps))[:, None]
+        bins = (normalized.reshape(flat.shape) * BINS).astype(np.int16)
         for name, pixels in (("inside", flat_box), ("outside", ~flat_box)):
-            found[name] = np.bincount(bins[pixels], minlength=len(maps) * (BINS + 1)).reshape(-1, BINS + 1)
+            found[name] = np.bincount(bins[pixels], minlength=BINS + 1)[None]
     return found
 
 

@@ -110,10 +110,12 @@ def class_names(path, count):
 
 
 def names_file(path):
+    """Path of the names of the classes of the model saved at `path`."""
     return path.with_name(f"{path.stem}_classes.txt")
 
 
 def numbers(count):
+    """Names of `count` classes that have none: "0", "1" ..."""
     return [str(label) for label in range(count)]
 
 

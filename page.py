@@ -63,7 +63,8 @@ def draw_page(path, images, labels, boxes, names, history, predictions, maps, me
         "maps": text(np.stack(shades)),
         "colors": text(colors),
     }
-    path.write_text(TEMPLATE.read_text().replace("/*RUN*/null", json.dumps(run, allow_nan=False)))
+    run = json.dumps(run, allow_nan=False).replace("</", "<\\/")  # no name of a class can end the script
+    path.write_text(TEMPLATE.read_text().replace("/*RUN*/null", run))
 
 
 def text(array):

@@ -12,7 +12,7 @@ import heatmaps
 from cam import class_activation_model
 from data.dataset import DataError
 from localization import NAMES, table
-from networks import NetworkError, save_network
+from networks import NetworkError, names_file, save_network
 from state import SettingError, State, claim
 
 START = time.monotonic()  # of the program, about
@@ -37,6 +37,7 @@ def train(settings, steps, model, optimizer, portable, batch, test, names, pooli
 
     def clear(out):
         trained.unlink(missing_ok=True)
+        names_file(trained).unlink(missing_ok=True)
         heatmaps.clear(out)
 
     _lock = claim(settings.out, vars(settings) | {"steps": steps}, clear if settings.fresh else None)

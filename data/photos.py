@@ -61,8 +61,8 @@ def load_photos(archive, chosen=None):
     files = in_folder(archive) if archive.is_dir() else in_tar(archive)
     categories, counts = {}, Counter()  # folder -> photos
     for photo in sorted(files):
-        found = re.search(r"(?:^|/)(([0-9]{3})\.[^/]+)/\2_[0-9]{4}\.jpg$", photo.name)
-        if found and 0 < photo.size <= LARGEST_FILE:
+        found = re.search(r"(?:^|/)(([0-9]{3})\.[^/]+)/\2_[0-9]{4}\.jpg\Z", photo.name)
+        if found and found[1].isprintable() and 0 < photo.size <= LARGEST_FILE:
             categories.setdefault(found[1], []).append(photo)
         else:
             counts["files of other names or sizes left out"] += 1

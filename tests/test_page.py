@@ -51,7 +51,7 @@ def run():
         "predictions": [[0, 0, 3, 0], [3, 1, 3, 1], [3, 1, 3, 0]],
         "maps": lambda step: maps[step // 100],
         "measures": measures,
-        "names": ["zero", "one", "two", "three"],
+        "names": ["zero", "one", "two</script>", "three"],
     }
 
 

@@ -85,13 +85,14 @@ def test_what_is_out_of_the_ordinary(tmp_path):
         "256_ObjectCategories/001.bike/001_0017.jpg": b"",
         "256_ObjectCategories/001.bike/RENAME2": b"a list",
         "256_ObjectCategories/001.bike/002_0001.jpg": encoded(grey),
+        "256_ObjectCategories/003.a\nb/003_0001.jpg": encoded(grey),
     }
     training, test, _, counts = load_photos(write_tar(tmp_path / "archive.tar", files))
     assert counts == {
         "photos that are not RGB": 1,
         "photos in other formats": 1,
         "unreadable photos left out": 2,
-        "files of other names or sizes left out": 3,
+        "files of other names or sizes left out": 4,
     }
     assert len(training.photos) + len(test.photos) == len(FILES) + 2
     last = [photo for photo, label in zip(*test, strict=True) if label == 0][-2:]
