@@ -13,6 +13,8 @@ Peers that are not installed are left out and named below the table. To install 
 
     pip install torch torchcam tf-keras-vis
 
+pytorch-grad-cam is no peer here: it asks for torchvision.
+
 What a row stands on: the images to 97% are constants, IMAGES_TO_97 below. Training is that of mnist.py, model and
 batches, with distortions; the peers train on undistorted arrays in memory. Grad-CAM and CAM of the peers give the
 map of one class, at the size of the feature maps, as here. The share of training steps is that of a run of SHORT_RUN
@@ -616,13 +618,13 @@ def write_and_copy(data, folder):
 def localisation(data, rounds):
     contestants = {
         HERE: (measure_here,),
-        "scikit-image, per image and threshold, IoU alone": (measure_skimage,),
+        "scikit-image, per image and threshold": (measure_skimage,),
         LIMIT: (copy_masks,),
     }
     measures = race("localisation", rounds, data, contestants)
     share = np.median(measures[LIMIT]) / np.median(measures[HERE])
     limit = f"{share:.1%} of the rate at which memory copies 100 masks of a byte per pixel"
-    return compare("localisation measures, images", measures, limit, rate)
+    return compare("MaxBoxAcc, a box and its IoU at 100 thresholds, images", measures, limit, rate)
 
 
 def large_maps(data, number):
@@ -633,10 +635,16 @@ def large_maps(data, number):
 
 
 def measure_here(data, folder, number=125):
-    from localization import measure
-
     class_maps, boxes = large_maps(data, number)
-    return per_image(lambda: measure(class_maps, boxes, thorough=True), number)
+    return per_image(lambda: overlaps(class_maps, boxes), number)
+
+
+def overlaps(class_maps, boxes):
+    """IoU of the box at each threshold with the true one, (N, LEVELS)."""
+    from cam import normalize
+    from localization import boxes_at_levels, intersection_over_union
+
+    return intersection_over_union(boxes_at_levels(normalize(class_maps)), boxes[:, None])
 
 
 def measure_skimage(data, folder, number=5):
@@ -644,7 +652,6 @@ def measure_skimage(data, folder, number=5):
 
     from cam import normalize
     from localization import LEVELS
-    from localization import measure as measure_all
 
     class_maps, boxes = large_maps(data, number)
 
@@ -658,8 +665,9 @@ def measure_skimage(data, folder, number=5):
         maps_and_boxes = zip(normalize(class_maps), boxes, strict=True)
         return [[iou(one >= level / LEVELS, box) for level in range(LEVELS)] for one, box in maps_and_boxes]
 
-    found = measure_all(class_maps, boxes, thorough=True)["ious"]
-    np.testing.assert_allclose(np.mean(loop()), found.mean(), atol=1e-3)  # the two measure the same
+    found = overlaps(class_maps, boxes)
+    if np.isclose(loop(), found).mean() < 0.99:  # at a threshold, a pixel may fall either way
+        raise RuntimeError("the two do not measure the same")
     return per_image(loop, number)
 
 
