@@ -70,7 +70,7 @@ def run(settings):
         for name in CONVOLUTIONS:
             model.get_layer(name).trainable = settings.old_rate > 0  # if not, a step takes a third of the time
     else:
-        print("without --weights the convolutions start at random; expect about half of ten categories right")
+        print("--weights none: the convolutions start at random; without ImageNet expect far fewer photos right")
     centre_on_classes(model)
 
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps

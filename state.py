@@ -17,6 +17,10 @@ from files import PART, complete_file, hold
 SETTINGS, CHECKPOINT, PREVIOUS, LOCK = "settings.json", "checkpoint.npz", "checkpoint.previous.npz", "lock"
 NOT_COMPARED = ("out", "fresh", "epochs", "evaluate")  # settings that do not change what a run computes
 
+# Signals to stop that came before the training. The exit that they cause gets lost if TensorFlow's own code calls back
+# into Python at that moment, so that the training asks again.
+received = []
+
 
 class SettingError(ValueError):
     """A setting, or what it names, cannot be used; the message says which and what to do."""
@@ -138,6 +142,9 @@ class State(keras.callbacks.Callback):
                 path.replace(self.folder / PREVIOUS)
 
     def on_train_begin(self, logs=None):
+        if received:
+            raise SystemExit(128 + received[0])
+
         def stop(number, frame):
             self.signal = number
 

@@ -13,7 +13,7 @@ from cam import class_activation_model
 from data.dataset import DataError
 from localization import NAMES, table
 from networks import NetworkError, names_file, save_network
-from state import SettingError, State, claim
+from state import SettingError, State, claim, received
 
 START = time.monotonic()  # of the program, about
 
@@ -122,6 +122,7 @@ def order(total, seed, epoch):
 
 def stop(number, frame=None):
     """Ends the program after signal `number`."""
+    received.append(number)
     print("\nstopped; the same command continues", file=sys.stderr)
     sys.exit(128 + number)
 

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL, assert_one_line_error, run, write_data
 from PIL import Image
 
 from files import PART, hold
-from state import claim
+from state import State, claim
 
 STEPS = 150
 
@@ -135,6 +135,15 @@ def test_a_signal_before_the_training_stops_too(small_data, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert (process.returncode, errors.strip()) == (143, "stopped; the same command continues")
+
+
+def test_a_signal_whose_exit_got_lost_stops_the_training(monkeypatch, tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    monkeypatch.setattr("state.received", [signal.SIGTERM])
+    with pytest.raises(SystemExit) as stopped:
+        model.fit(np.zeros((4, 2)), np.zeros(4), callbacks=[State(tmp_path, model)], verbose=0)
+    assert stopped.value.code == 143
 
 
 @pytest.fixture
