@@ -244,7 +244,9 @@ def train_keras(data, folder, steps, size=256):
             *(layers.GlobalAveragePooling2D(), layers.Dense(10, use_bias=False)),
         ]
     )
-    model.compile(keras.optimizers.SGD(0.5), keras.losses.SparseCategoricalCrossentropy(from_logits=True), ["accuracy"])
+    model.compile(
+        keras.optimizers.SGD(0.5), keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"]
+    )
     seconds_per_step(model, steps, x=images, y=labels, batch_size=size)
     return lambda: seconds_per_step(model, steps, x=images, y=labels, batch_size=size) / size
 
@@ -508,9 +510,10 @@ def true_class_maps(data, number):
 
 
 def draw_here(data, folder, number=50):
-    from heatmaps import Heatmaps
-
     images, class_maps, _ = true_class_maps(data, number)
+
+    from heatmaps import Heatmaps  # after what imports Keras quietly
+
     folder = Path(tempfile.mkdtemp(dir=folder))
     for index in range(number):
         (folder / f"img_{index}").mkdir()
