@@ -60,6 +60,8 @@ def alexnet(classes, precision="float32"):
     x = convolution(256, 3, "conv5")(x)  # (N, 13, 13, 256)
     feature_maps = convolution(1024, 3, "feature_maps")(x)  # f_k: (N, 13, 13, 1024)
     pooled = layers.GlobalAveragePooling2D(dtype="float32", name="gap")(feature_maps)  # F_k: (N, 1024)
+    # Half of them are left out of each training step, as in AlexNet's own classifier.
+    pooled = layers.Dropout(0.5, name="dropout")(pooled)
     logits = layers.Dense(classes, use_bias=False, dtype="float32", name="softmax_weights")(pooled)  # S_c: (N, C)
     return keras.Model(images, logits, name="alexnet")
 

@@ -173,5 +173,5 @@ class State(keras.callbacks.Callback):
 
 
 def variables(model):
-    """All that training changes, in a fixed order."""
-    return [*model.weights, *model.optimizer.variables, *model.metrics_variables]
+    """All that training changes, in a fixed order: weights, states of dropout's random generators, and the rest."""
+    return [*model.variables, *model.optimizer.variables, *model.metrics_variables]

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import keras
@@ -95,6 +96,19 @@ def test_a_finished_run_stays_as_it_is(small_run, archive):
     assert process.returncode == 0
     assert "finished; --fresh deletes it" in process.stdout
     assert (out / "alexnet.keras").read_bytes() == before
+
+
+def test_a_run_continues_bit_for_bit(small_run, archive, tmp_path):
+    """Dropout, too: what it leaves out is random, and the state of the run says where that was."""
+    out, copy = small_run[0], tmp_path / "out"
+    shutil.copytree(out, copy)
+    (copy / "alexnet.keras").unlink()
+    (copy / "checkpoint.previous.npz").replace(copy / "checkpoint.npz")
+    process = run("caltech256.py", "--data", archive, "--out", copy, "--steps", 3, *SMALL)
+    assert "continuing after step 2" in process.stdout, process.stderr
+    models = [keras.models.load_model(folder / "alexnet.keras") for folder in (out, copy)]
+    for found, wanted in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_photo_in_maps_out(small_run, tmp_path):
