@@ -38,16 +38,15 @@ def mnist_settings(description, recipes):
 def caltech256_settings(description, recipes):
     """Reads the settings of caltech256.py from the command line; see `Flags`."""
     flags = Flags("caltech256.py", description, recipes)
-    default = Path("data")
     flags.add(
         "--data",
-        default=default / "256_ObjectCategories.tar",
+        default=Path("data/256_ObjectCategories.tar"),
         type=Path,
         help="archive of the photos, or the folder that it extracts to (default: %(default)s)",
     )
     flags.add(
         "--weights",
-        default=default / "alexnet.npz",
+        default=Path("data/alexnet.npz"),
         type=Path,
         help="ImageNet weights of the convolutions, by torchvision's names (default: %(default)s), or none",
     )

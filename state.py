@@ -17,8 +17,8 @@ from files import PART, complete_file, hold
 SETTINGS, CHECKPOINT, PREVIOUS, LOCK = "settings.json", "checkpoint.npz", "checkpoint.previous.npz", "lock"
 NOT_COMPARED = ("out", "fresh", "epochs", "evaluate")  # settings that do not change what a run computes
 
-# Signals to stop that came before the training. The exit that they cause gets lost if TensorFlow's own code calls back
-# into Python at that moment, so that the training asks again.
+# Signals to stop that came before the training. The exit that such a signal causes was seen to get lost, once, while
+# Keras and TensorFlow made the model ready; so the training asks again.
 received = []
 
 
