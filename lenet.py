@@ -61,7 +61,8 @@ def unit_variance_start(model, images):
     kernels = [model.get_layer(name).kernel for name in ("conv1", "conv2", "softmax_weights")]
     for kernel in kernels:
         kernel.assign(kernel / ops.std(kernel))
-    gain = ops.std(model(images)) ** (1 / len(kernels))  # each kernel scales the logits by its own scale
+    parts = [model(images[start : start + 32]) for start in range(0, len(images), 32)]  # all at once take 0.5 GB
+    gain = ops.std(ops.concatenate(parts)) ** (1 / len(kernels))  # each kernel scales the logits by its own scale
     for kernel in kernels:
         kernel.assign(kernel / gain)
 
