@@ -61,12 +61,12 @@ def train(settings, steps, model, optimizer, portable, batch, test, names, pooli
     if state.step < steps:
         if state.step:
             print(f"continuing after step {state.step:,}")
-        model.fit(
-            Batches(batch, state.step, steps),  # one epoch to Keras: its bar shows the time left of the run
-            callbacks=[state, recorder],
-            shuffle=False,  # the batches are
-            verbose=1 if sys.stdout.isatty() else 0,
-        )
+        batches = Batches(batch, state.step, steps)  # one epoch to Keras: its bar shows the time left of the run
+        bar = 1 if sys.stdout.isatty() else 0
+        try:
+            model.fit(batches, shuffle=False, callbacks=[state, recorder], verbose=bar)
+        except Exception as error:
+            raise batches.error or error from None
     if state.signal:
         stop(state.signal)
 
@@ -95,12 +95,17 @@ class Batches(keras.utils.PyDataset):
     def __init__(self, make, first_step, steps):
         super().__init__(workers=2)
         self.make, self.first_step, self.steps = make, first_step, steps
+        self.error = None  # that a batch could not be made for: out of a thread Keras raises another one
 
     def __len__(self):
         return self.steps - self.first_step
 
     def __getitem__(self, index):
-        return self.make(self.first_step + index)
+        try:
+            return self.make(self.first_step + index)
+        except Exception as error:
+            self.error = error
+            raise
 
 
 def warm_up_then_cosine(peak, steps, warm_up):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import tarfile
 from types import SimpleNamespace
 
 import keras
@@ -153,6 +154,26 @@ def test_bad_input(archive, tmp_path):
     for arguments, parts in cases:
         assert_one_line_error(run("caltech256.py", *arguments), *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_photo_that_vanishes_during_training(archive, tmp_path):
+    with tarfile.open(archive) as members:
+        members.extractall(tmp_path, filter="data")
+    folder = tmp_path / "256_ObjectCategories"
+    program = f"""if True:
+        import caltech256, pathlib, sys
+        def make_batch(training, classes, settings, step, make=caltech256.make_batch):
+            if step == 4:
+                for photo in training.photos:
+                    (pathlib.Path({str(folder)!r}) / photo.name).unlink()
+            return make(training, classes, settings, step)
+        caltech256.make_batch = make_batch
+        settings = caltech256.caltech256_settings("", caltech256.RECIPES)
+        caltech256.end_in_good_order("caltech256.py", caltech256.run, settings)
+    """
+    process = run("-c", program, "--data", folder, "--out", tmp_path / "out", "--steps", 6, *SMALL)
+    assert_one_line_error(process, "caltech256.py: ", ".jpg", "No such file")
+    assert (tmp_path / "out" / "checkpoint.npz").exists()  # of step 2, from which the run can go on
 
 
 def test_the_batch_of_a_step_depends_on_nothing_else(archive):
