@@ -16,11 +16,10 @@ import numpy as np
 from alexnet import CONVOLUTIONS, SHORT_SIDE, SIDE, alexnet, set_convolutions
 from data.dataset import Part
 from data.photos import decode, load_photos
-from lenet import centre_on_classes
 from networks import torchvision_convolutions
 from settings import caltech256_settings
 from state import SettingError, make_repeatable
-from training import end_in_good_order, shuffled, train, warm_up_then_cosine
+from training import centre_on_classes, end_in_good_order, shuffled, train, warm_up_then_cosine
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python caltech256.py --help`.
 RECIPES = {

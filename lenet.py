@@ -65,18 +65,3 @@ def unit_variance_start(model, images):
     gain = ops.std(ops.concatenate(parts)) ** (1 / len(kernels))  # each kernel scales the logits by its own scale
     for kernel in kernels:
         kernel.assign(kernel / gain)
-
-
-def centre_on_classes(model):
-    """Keeps the mean over the classes of each unit's softmax weights at zero, during training too.
-
-    Softmax, and so prediction and loss, stays the same when one map is added to the maps of all classes. Gradient
-    descent leaves that common part as it was; Adam, whose steps do not add up to zero over the classes, makes it drift.
-    Without it M_c shows the evidence for class c against the other classes.
-
-    Args:
-        model: A model with a layer "softmax_weights", made by `lenet` or `alexnet`; it is changed in place.
-    """
-    kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
-    kernel.constraint = lambda weights: weights - ops.mean(weights, axis=1, keepdims=True)  # after each step
-    kernel.assign(kernel.constraint(kernel))

@@ -16,12 +16,12 @@ import numpy as np
 from cam import class_activation_model
 from data.dataset import BOXES, CLASSES, load_dataset
 from distortion import distort
-from lenet import centre_on_classes, lenet, unit_variance_start
+from lenet import lenet, unit_variance_start
 from localization import evaluate, table
 from networks import NetworkError, load_network, numbers
 from settings import mnist_settings
 from state import SettingError, make_repeatable
-from training import end_in_good_order, shuffled, train, warm_up_then_cosine
+from training import centre_on_classes, end_in_good_order, shuffled, train, warm_up_then_cosine
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
 RECIPES = {

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import keras
 import numpy as np
+from keras import ops
 
 import heatmaps
 from cam import class_activation_model
@@ -106,6 +107,21 @@ class Batches(keras.utils.PyDataset):
         except Exception as error:
             self.error = error
             raise
+
+
+def centre_on_classes(model):
+    """Keeps the mean over the classes of each unit's softmax weights at zero, during training too.
+
+    Softmax, and so prediction and loss, stays the same when one map is added to the maps of all classes. Gradient
+    descent leaves that common part as it was; Adam, whose steps do not add up to zero over the classes, makes it drift.
+    Without it M_c shows the evidence for class c against the other classes.
+
+    Args:
+        model: A model with a layer "softmax_weights", made by `lenet` or `alexnet`; it is changed in place.
+    """
+    kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
+    kernel.constraint = lambda weights: weights - ops.mean(weights, axis=1, keepdims=True)  # after each step
+    kernel.assign(kernel.constraint(kernel))
 
 
 def warm_up_then_cosine(peak, steps, warm_up):

@@ -29,9 +29,9 @@ def train(data, part, parts):
     from types import SimpleNamespace
 
     from data.dataset import load_dataset
-    from lenet import centre_on_classes, lenet, unit_variance_start
+    from lenet import lenet, unit_variance_start
     from mnist import RECIPES, make_batch
-    from training import Batches
+    from training import Batches, centre_on_classes
 
     def share(step):
         return tuple(values[part::parts] for values in make_batch(images, settings, STEPS, step))

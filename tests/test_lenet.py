@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from lenet import centre_on_classes, lenet, unit_variance_start
+from lenet import lenet, unit_variance_start
+from training import centre_on_classes
 
 
 def naive_lenet(images, conv1, bias1, conv2, bias2, weights):
