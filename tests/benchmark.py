@@ -59,6 +59,7 @@ EPOCHS_TO_97 = 50
 SHORT_RUN = 525  # steps, a tenth of the default recipe's
 MATRIX = 4096  # rows and columns of the matrices whose product is the limit of training and maps
 SIZES, SIDES = (1_000, 10_000, 100_000), (50, 100, 200, 400)  # of the curve of cost: images, pixels
+SCALING_STEPS = 40
 PEERS = ("torch", "torchcam", "tf-keras-vis")
 left_out = {}  # the reason, by name
 
@@ -700,7 +701,7 @@ def scaling(data, rounds):
     for title, work, seconds, power in (
         ("images: tarball to array", SIZES, [cost[number, 100][0] for number in SIZES], 1),
         (
-            "images: one epoch on 70% of them, from at most 200 steps of it",
+            "images: one epoch on 70% of them",
             SIZES,
             [cost[number, 100][1] for number in SIZES],
             1,
@@ -713,7 +714,10 @@ def scaling(data, rounds):
 
 
 def scale_here(data, folder, number, side):
-    """Measures seconds from tarball to array, of an epoch, and of a step, for images of the data folder, repeated."""
+    """Measures seconds from tarball to array, of an epoch, and of a step, for images of the data folder, repeated.
+
+    The step is the best of three means over SCALING_STEPS, the epoch so many times that.
+    """
     from PIL import Image
 
     parts = load_dataset(data)
@@ -734,10 +738,9 @@ def scale_here(data, folder, number, side):
 
     def measure():
         reading = timed(load_dataset, folder)
-        model, batches = caught(folder, "--epochs", 1)
-        steps = min(len(batches), 200)
-        step = seconds_per_step(model, steps, x=batches, steps_per_epoch=steps)
-        return reading, step * len(batches), step
+        model, batches = caught(folder, "--steps", SCALING_STEPS)
+        step = min(seconds_per_step(model, SCALING_STEPS, x=batches) for _ in range(3))
+        return reading, step * number * 0.7 / 16, step
 
     return measure
 
