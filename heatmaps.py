@@ -142,7 +142,7 @@ def lay_over(image, heatmap):
 def enlarge(picture, side=PICTURE_SIDE):
     """Repeats each pixel, so that the longer side has about `side`: (H, W, ...) -> (n H, n W, ...)."""
     times = max(1, round(side / max(picture.shape[:2])))
-    return picture.repeat(times, axis=0).repeat(times, axis=1)
+    return picture.repeat(times, axis=1).repeat(times, axis=0)  # the rows last, as they lie in one piece
 
 
 def draw_figures(folder, cam, test, names, samples):
