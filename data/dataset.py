@@ -12,8 +12,11 @@ The first 70% of the images, in file order, are the training set, the rest is th
 import gzip
 import hashlib
 import io
+import os
 import re
 import shutil
+import struct
+import subprocess
 import sys
 import tarfile
 import time
@@ -29,6 +32,9 @@ from files import hold
 TARBALL, LABELS, BOXES = "mnist_cluttered.tar.gz", "labels.txt", "boxes.txt"
 CLASSES = 10
 LOCK = "img.lock"  # of the process that extracts or generates
+ROOT = Path(__file__).resolve().parent.parent
+FEW = 1000  # images, for which a second process is not worth its start
+PNG = struct.Struct("<QQ")  # before the bytes of a PNG in a pipe: its index and their number
 
 # Limits. What a file claims about itself is checked against them before memory or disk is taken.
 LARGEST_MEMBER = 1 << 20  # bytes; a PNG of 100 x 100 has about 600
@@ -159,36 +165,77 @@ def extract(tarball, folder, count, checksum):
 
 def decode(tarball, folder, count):
     """Writes img_1.png ... img_{count}.png of the tarball to `folder`, and their pixels to `folder`/images.npy."""
-    shape, missing = None, set(range(1, count + 1))
+    pngs = extract_pngs(tarball, folder, count)
+    if count < FEW:
+        write_pixels(pngs, tarball, folder, count)
+        return
+    # This process extracts, another one decodes. Either is mostly Python's own work, which threads would not share.
+    command = [sys.executable, "-m", "data.dataset", tarball, folder.resolve(), str(count)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # Ctrl-C, which a session of its own keeps from it, ends this process, and that closes the pipe.
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as decoder:
+        try:
+            with decoder.stdin:
+                for index, png in pngs:
+                    decoder.stdin.write(PNG.pack(index, len(png)) + png)
+        except BrokenPipeError:
+            pass  # it has ended, and says why
+        message = os.fsdecode(decoder.stdout.read())
+    if decoder.returncode:
+        raise DataError(message or f"{tarball}: the process that decodes it ended with code {decoder.returncode}")
+
+
+def decode_from_pipe(tarball, folder, count):
+    """The other process of `decode`: its standard input has each PNG's index, length and bytes."""
+    pipe = sys.stdin.buffer
+    pngs = ((index, pipe.read(size)) for index, size in map(PNG.unpack, iter(lambda: pipe.read(PNG.size), b"")))
+    try:
+        write_pixels(pngs, tarball, Path(folder), int(count))
+    except (DataError, OSError) as error:
+        sys.stdout.buffer.write(os.fsencode(str(error)))
+        sys.exit(1)
+
+
+def extract_pngs(tarball, folder, count):
+    """Writes the PNGs of the tarball to `folder`, and yields (index, bytes) of each."""
+    missing = set(range(1, count + 1))
     try:
         with (
             gzip.open(tarball) as unzipped,
             tarfile.open(fileobj=(limited := Limited(unzipped)), mode="r:") as archive,
-            (folder / "images.npy").open("wb") as images,
         ):
             members = progress(png_members(tarball, archive, limited, count), count, f"extracting {tarball}")
-            for index, png in members:  # not in threads: most of the work is Python's own, and they took longer
-                pixels = store(tarball, folder, index, png)
-                if shape is None:
-                    shape = pixels.shape  # (H, W)
-                    check_space(tarball, folder, count * pixels.size)
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape, 1)}
-                    np.lib.format.write_array_header_1_0(images, header)
-                    first = images.tell()
+            for index, png in members:
                 if index not in missing:
                     raise DataError(f"{tarball}: img_{index}.png is there twice, or {LABELS} has no line for it")
-                if pixels.shape != shape:
-                    raise DataError(
-                        f"{tarball}: img_{index}.png has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
-                        f"others have {shape[1]} x {shape[0]}"
-                    )
                 missing.remove(index)
-                images.seek(first + (index - 1) * pixels.size)
-                images.write(pixels.tobytes())  # not mapped: on a full disk a mapped file kills the process
+                (folder / f"img_{index}.png").write_bytes(png)
+                yield index, png
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError) as error:
         raise DataError(f"{tarball} is not a complete .tar.gz ({error}); get or generate it again") from None
     if missing:
         raise DataError(f"{tarball} has no img_{min(missing)}.png; {LABELS} has {count:,} lines")
+
+
+def write_pixels(pngs, tarball, folder, count):
+    """Decodes PNGs, given as (index, bytes), into `folder`/images.npy."""
+    shape = None
+    with (folder / "images.npy").open("wb") as images:
+        for index, png in pngs:
+            pixels = decode_png(tarball, index, png)
+            if shape is None:
+                shape = pixels.shape  # (H, W)
+                check_space(tarball, folder, count * pixels.size)
+                header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape, 1)}
+                np.lib.format.write_array_header_1_0(images, header)
+                first = images.tell()
+            if pixels.shape != shape:
+                raise DataError(
+                    f"{tarball}: img_{index}.png has {pixels.shape[1]} x {pixels.shape[0]} pixels, "
+                    f"others have {shape[1]} x {shape[0]}"
+                )
+            images.seek(first + (index - 1) * pixels.size)
+            images.write(pixels.tobytes())  # not mapped: on a full disk a mapped file kills the process
 
 
 def check_space(tarball, folder, pixels):
@@ -228,8 +275,8 @@ def png_members(tarball, archive, limited, count):
         limited.next_member()
 
 
-def store(tarball, folder, index, png):
-    """Writes and decodes one PNG; returns its pixels (H, W) uint8."""
+def decode_png(tarball, index, png):
+    """Pixels (H, W) uint8 of one PNG."""
     try:
         image = Image.open(io.BytesIO(png), formats=["PNG"])
         known = image.mode in ("L", "RGB") and max(image.size) <= LARGEST_SIDE
@@ -245,7 +292,6 @@ def store(tarball, folder, index, png):
         if (pixels != pixels[:, :, :1]).any():
             raise DataError(f"{tarball}: img_{index}.png has colours; three equal channels are read")
         pixels = pixels[:, :, 0]
-    (folder / f"img_{index}.png").write_bytes(png)
     return pixels
 
 
@@ -261,3 +307,7 @@ def progress(items, total, what):
         yield item
     if shown > start:
         print(f"\r{what}: {total:,} in {time.monotonic() - start:.0f} s" + " " * 20, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    decode_from_pipe(*sys.argv[1:])

@@ -50,6 +50,28 @@ def test_a_second_start_decodes_nothing(tmp_path, random_images, monkeypatch):
     assert sorted(path.name for path in (folder / "img").glob("*.png"))[:3] == ["img_1.png", "img_10.png", "img_2.png"]
 
 
+def test_many_images_are_decoded_by_another_process(tmp_path, random_images, monkeypatch, capfd):
+    monkeypatch.setattr(dataset, "FEW", 0)
+    monkeypatch.setattr(dataset, "decode_png", lambda *arguments: pytest.fail("decoded here"))
+    for part, images in zip(
+        load_dataset(write_data(tmp_path / "é", random_images, LABELS)),
+        (random_images[:7], random_images[7:]),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(part.images[..., 0], images)
+    # What goes wrong there is said here, once.
+    broken = write_data(tmp_path / "é", [*random_images[:9], b"no PNG"], LABELS)
+    with pytest.raises(DataError, match=r"é/mnist_cluttered\.tar\.gz: img_10\.png cannot be decoded"):
+        load_dataset(broken)
+    with pytest.raises(DataError, match=r"has no img_10\.png"):
+        load_dataset(write_data(tmp_path, random_images[:9], LABELS))
+    monkeypatch.setattr(dataset, "ROOT", tmp_path)  # where its module is not
+    with pytest.raises(DataError, match="the process that decodes it ended with code 1"):
+        load_dataset(write_data(tmp_path, random_images, LABELS))
+    assert not (tmp_path / "img.part").exists()
+    assert capfd.readouterr().err.count("\n") == 1  # of the module that is not there
+
+
 def test_another_tarball_is_extracted_again(tmp_path, random_images):
     load_dataset(write_data(tmp_path, random_images, LABELS))
     train, _ = load_dataset(write_data(tmp_path, 255 - random_images, LABELS))
