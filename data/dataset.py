@@ -187,13 +187,20 @@ def decode(tarball, folder, count):
 
 def decode_from_pipe(tarball, folder, count):
     """The other process of `decode`: its standard input has each PNG's index, length and bytes."""
-    pipe = sys.stdin.buffer
-    pngs = ((index, pipe.read(size)) for index, size in map(PNG.unpack, iter(lambda: pipe.read(PNG.size), b"")))
     try:
-        write_pixels(pngs, tarball, Path(folder), int(count))
+        write_pixels(read_pngs(sys.stdin.buffer), tarball, Path(folder), int(count))
     except (DataError, OSError) as error:
         sys.stdout.buffer.write(os.fsencode(str(error)))
         sys.exit(1)
+
+
+def read_pngs(pipe):
+    """Yields (index, bytes) of each PNG in a pipe, but not of a last one that a killed writer has cut short."""
+    while len(header := pipe.read(PNG.size)) == PNG.size:
+        index, size = PNG.unpack(header)
+        png = pipe.read(size)
+        if len(png) == size:
+            yield index, png
 
 
 def extract_pngs(tarball, folder, count):

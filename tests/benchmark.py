@@ -573,7 +573,7 @@ def reading(data, rounds):
     limits = f"{share(first)} the same bytes are written to one file", f"{share(second)} memory is copied"
     return [
         *compare(f"tarball to array, {number:,} images", first, limits[0], duration),
-        *compare("second start, all pixels read", second, limits[1], duration),
+        *compare(f"second start, all pixels read, {number:,} images", second, limits[1], duration),
     ]
 
 
@@ -740,7 +740,7 @@ def scale_here(data, folder, number, side):
         reading = timed(load_dataset, folder)
         model, batches = caught(folder, "--steps", SCALING_STEPS)
         step = min(seconds_per_step(model, SCALING_STEPS, x=batches) for _ in range(3))
-        return reading, step * number * 0.7 / 16, step
+        return reading, step * number * 0.7 / len(batches[0][0]), step
 
     return measure
 

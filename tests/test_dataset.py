@@ -3,6 +3,8 @@
 import gzip
 import io
 import struct
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 import zlib
@@ -70,6 +72,21 @@ def test_many_images_are_decoded_by_another_process(tmp_path, random_images, mon
         load_dataset(write_data(tmp_path, random_images, LABELS))
     assert not (tmp_path / "img.part").exists()
     assert capfd.readouterr().err.count("\n") == 1  # of the module that is not there
+
+
+@pytest.mark.parametrize("cut", [0, 1, dataset.PNG.size, dataset.PNG.size + 9])
+def test_the_decoding_process_ends_quietly_when_the_other_is_killed(tmp_path, random_images, cut):
+    records = [
+        dataset.PNG.pack(index, len(data)) + data for index, data in ((1, png(random_images[0])), (2, b"x" * 99))
+    ]
+    process = subprocess.run(
+        [sys.executable, "-m", "data.dataset", "tarball", tmp_path, "2"],
+        cwd=dataset.ROOT,
+        input=records[0] + records[1][:cut],
+        capture_output=True,
+        check=False,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
 
 
 def test_another_tarball_is_extracted_again(tmp_path, random_images):
