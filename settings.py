@@ -26,6 +26,7 @@ def mnist_settings(description, recipes):
     flags.add("--recipe", default="default", choices=recipes, help="how to train (default: default)")
     flags.add_common(out="out", every=100, samples=50)
     flags.add_by_recipe("beta-2", number(0, 0.9999, float), "of Adam")
+    flags.add_by_recipe("weight-decay", number(0, 1, float), "of Adam, but for biases")
     flags.add_by_recipe("rotation", number(0, 180, float), "of training images, degrees")
     flags.add_by_recipe("zoom", number(0, 1, float), "of training images, share")
     flags.add_by_recipe("bend", number(0, 100, float), "of training images, pixels")
