@@ -58,6 +58,8 @@ def alexnet(classes, precision="float32"):
     x = convolution(384, 3, "conv3")(x)
     x = convolution(256, 3, "conv4")(x)
     x = convolution(256, 3, "conv5")(x)  # (N, 13, 13, 256)
+    # In training 3 cells of 10 are hidden, so that no single part of an object decides.
+    x = layers.Dropout(0.3, noise_shape=(None, None, None, 1), name="hidden_cells")(x)
     feature_maps = convolution(1024, 3, "feature_maps")(x)  # f_k: (N, 13, 13, 1024)
     pooled = layers.GlobalAveragePooling2D(dtype="float32", name="gap")(feature_maps)  # F_k: (N, 1024)
     # Half of them are left out of each training step, as in AlexNet's own classifier.
