@@ -73,6 +73,14 @@ def test_shapes_and_maps():
     assert not model.get_layer("softmax_weights").use_bias
 
 
+def test_whole_cells_are_hidden_in_training():
+    layer, cells = alexnet(3).get_layer("hidden_cells"), np.ones((2, 9, 12, 4), np.float32)
+    found = np.asarray(layer(cells, training=True))
+    np.testing.assert_array_equal(found, found[..., :1].repeat(4, axis=-1))  # all channels of a cell, or none
+    assert 0.15 < (found == 0).mean() < 0.45  # 3 of 10, within five standard deviations
+    np.testing.assert_array_equal(layer(cells, training=False), cells)
+
+
 def test_weights_file(tmp_path):
     path, weights = tmp_path / "alexnet.npz", random_weights()
     np.savez(path, **weights, **{"classifier.1.weight": np.zeros(3)})
