@@ -31,11 +31,11 @@ RECIPES = {
         learning_rate=0.03,  # of Adam, at its peak
         warm_up=0.1,  # share of the steps in which it rises to the peak; then it falls to 0 along a cosine
         beta_2=0.99,  # of Adam: squared gradients averaged over about 100 steps, for a run has few thousand
-        weight_decay=0.02,  # share of the weights, times the learning rate, that each step takes off them
+        weight_decay=0.01,  # share of the weights, times the learning rate, that each step takes off them
         label_smoothing=0.1,  # share of the probability that the loss spreads evenly over the classes
-        rotation=15.0,  # degrees by which it turns a training image, at most, at the start; it fades out
-        zoom=0.2,  # share by which it zooms a training image, the same
-        bend=2.0,  # pixels by which it displaces parts of a training image, standard deviation, the same
+        rotation=10.0,  # degrees by which it turns a training image, at most, at the start; it fades out
+        zoom=0.12,  # share by which it zooms a training image, the same
+        bend=1.5,  # pixels by which it displaces parts of a training image, standard deviation, the same
         precision="auto",
     ),
     "original": dict(
