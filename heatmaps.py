@@ -279,6 +279,7 @@ def draw_accuracy(folder, history):
                 )
     axes.set(xlabel="training images seen", ylabel="share of test images (%)", ylim=(0, 100))
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)  # so that millions do not run into each other
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     with complete_file(folder / ACCURACY) as path:
