@@ -19,7 +19,7 @@ from data.photos import decode, load_photos
 from networks import torchvision_convolutions
 from settings import caltech256_settings
 from state import SettingError, make_repeatable
-from training import centre_on_classes, end_in_good_order, shuffled, train, warm_up_then_cosine
+from training import Shuffled, centre_on_classes, end_in_good_order, train, warm_up_then_cosine
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python caltech256.py --help`.
 RECIPES = {
@@ -73,7 +73,8 @@ def run(settings):
     centre_on_classes(model)
 
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
-    batch = partial(make_batch, training, len(names), settings)
+    order = Shuffled(training.labels, settings.seed)
+    batch = partial(make_batch, training, order, len(names), settings)
     portable = alexnet(len(names))  # in float32, for any machine
     train(settings, steps, model, adam(settings, steps), portable, batch, test, names)
 
@@ -88,10 +89,10 @@ def adam(settings, steps):
     return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(new, {"conv[1-5]/.*": old}))
 
 
-def make_batch(training, classes, settings, step):
+def make_batch(training, order, classes, settings, step):
     """The batch of a step: random crops of photos, mirrored or not, (batch_size, 224, 224, 3) uint8, and labels."""
     rng = np.random.default_rng((settings.seed, 1, step))
-    chosen = shuffled(step, settings.batch_size, len(training.photos), settings.seed)
+    chosen = order.batch(step, settings.batch_size)
     photos = np.stack([decode(training.photos[index], SHORT_SIDE, SIDE, rng) for index in chosen])
     return photos, keras.utils.to_categorical(training.labels[chosen], classes)
 

@@ -21,7 +21,7 @@ from localization import evaluate, table
 from networks import NetworkError, load_network, numbers
 from settings import mnist_settings
 from state import SettingError, make_repeatable
-from training import centre_on_classes, end_in_good_order, shuffled, train, warm_up_then_cosine
+from training import Shuffled, centre_on_classes, end_in_good_order, train, warm_up_then_cosine
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
 RECIPES = {
@@ -80,21 +80,21 @@ def run(settings):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
 
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
-    batch = partial(make_batch, training, settings, steps)
+    order = Shuffled(training.labels, settings.seed)
+    batch = partial(make_batch, training, order, settings, steps)
     portable = network()  # in float32, for any machine
     train(settings, steps, model, optimizer, portable, batch, test, numbers(CLASSES), settings.pooling)
 
 
-def make_batch(training, settings, steps, step):
+def make_batch(training, order, settings, steps, step):
     """The batch of a step: images (batch_size, H, W, 1) uint8, labels (batch_size, C), one-hot.
 
     Distortions fade out evenly over the run, so that it ends on images like those of the test.
     """
-    total = len(training.labels)
-    if settings.recipe == "original":
-        chosen = (np.arange(settings.batch_size) + step * settings.batch_size) % total  # file order
+    if settings.recipe == "original":  # file order
+        chosen = (np.arange(settings.batch_size) + step * settings.batch_size) % len(training.labels)
     else:
-        chosen = shuffled(step, settings.batch_size, total, settings.seed)
+        chosen = order.batch(step, settings.batch_size)
     images = training.images[chosen]
     if settings.rotation or settings.zoom or settings.bend:
         rng, strength = np.random.default_rng((settings.seed, 1, step)), 1 - step / steps

@@ -130,15 +130,34 @@ def warm_up_then_cosine(peak, steps, warm_up):
     return keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - first), warmup_target=peak, warmup_steps=first)
 
 
-def shuffled(step, batch_size, total, seed):
-    """Which of `total` training images make up the batch of a step, (B,): each epoch has an order of its own."""
-    epochs, places = np.divmod(np.arange(batch_size) + step * batch_size, total)
-    return np.array([order(total, seed, epoch)[place] for epoch, place in zip(epochs, places, strict=True)])
+class Shuffled:
+    """Random order of the training images: each once in an epoch, and every epoch in another order.
 
+    The images of a class are spread evenly over the epoch, so that each batch has about the classes of the whole set.
+    Such stratified sampling takes noise out of the gradient.
 
-@lru_cache(maxsize=4)
-def order(total, seed, epoch):
-    return np.random.default_rng((seed, 0, epoch)).permutation(total)
+    Args:
+        labels: Classes of the N images, (N,).
+        seed: Integer.
+    """
+
+    def __init__(self, labels, seed):
+        self.labels, self.seed = labels, seed
+        self.epoch = lru_cache(maxsize=4)(self.epoch)  # the batches of an epoch follow each other
+
+    def batch(self, step, size):
+        """Which images make up the batch of a step: indices (size,)."""
+        epochs, places = np.divmod(np.arange(size) + step * size, len(self.labels))
+        return np.array([self.epoch(epoch)[place] for epoch, place in zip(epochs, places, strict=True)])
+
+    def epoch(self, epoch):
+        """All images in the order of an epoch: indices (N,)."""
+        rng = np.random.default_rng((self.seed, 0, epoch))
+        places = np.empty(len(self.labels))  # 0 is the start of the epoch, 1 its end
+        for label in np.unique(self.labels):
+            images = rng.permutation(np.flatnonzero(self.labels == label))
+            places[images] = (np.arange(len(images)) + rng.random(len(images))) / len(images)
+        return places.argsort()
 
 
 def stop(number, frame=None):

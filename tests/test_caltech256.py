@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tarfile
+from functools import partial
 from types import SimpleNamespace
 
 import keras
@@ -19,6 +20,7 @@ import caltech256
 from alexnet import alexnet
 from cam import class_activation_model
 from data.photos import load_photos
+from training import Shuffled
 
 SHAPES = {"001.disc": (220, 40, 40), "002.square": (40, 60, 220), "003.stripes": (30, 200, 60)}
 SMALL = ["--weights", "none", "--batch-size", 4, "--every", 2, "--samples", 4]
@@ -162,11 +164,11 @@ def test_a_photo_that_vanishes_during_training(archive, tmp_path):
     folder = tmp_path / "256_ObjectCategories"
     program = f"""if True:
         import caltech256, pathlib, sys
-        def make_batch(training, classes, settings, step, make=caltech256.make_batch):
-            if step == 4:
+        def make_batch(training, *others, make=caltech256.make_batch):
+            if others[-1] == 4:  # the step
                 for photo in training.photos:
                     (pathlib.Path({str(folder)!r}) / photo.name).unlink()
-            return make(training, classes, settings, step)
+            return make(training, *others)
         caltech256.make_batch = make_batch
         settings = caltech256.caltech256_settings("", caltech256.RECIPES)
         caltech256.end_in_good_order("caltech256.py", caltech256.run, settings)
@@ -179,7 +181,8 @@ def test_a_photo_that_vanishes_during_training(archive, tmp_path):
 def test_the_batch_of_a_step_depends_on_nothing_else(archive):
     training, _, names, _ = load_photos(archive)
     settings = SimpleNamespace(seed=3, batch_size=5)
-    make = lambda step: caltech256.make_batch(training, len(names), settings, step)  # noqa: E731
+    order = Shuffled(training.labels, settings.seed)
+    make = partial(caltech256.make_batch, training, order, len(names), settings)
     photos, labels = make(7)
     make(2)
     assert photos.shape == (5, 224, 224, 3)

@@ -173,7 +173,8 @@ def settings(recipe, batch_size=4, seed=3):
 
 
 def batches(train, recipe, steps, first_step=0):
-    make = partial(mnist.make_batch, train, settings(recipe), steps)
+    order = training.Shuffled(train.labels, seed=3)
+    make = partial(mnist.make_batch, train, order, settings(recipe), steps)
     return training.Batches(make, first_step, steps)
 
 
@@ -191,6 +192,18 @@ def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
     order = np.concatenate([labels.argmax(axis=1) for _, labels in from_start])
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10].tolist() != order[10:20].tolist()
+
+
+def test_every_batch_has_about_the_classes_of_the_whole_set():
+    labels = np.random.default_rng(0).choice(4, 1000, p=[0.1, 0.2, 0.3, 0.4])
+    order = training.Shuffled(labels, seed=5)
+    epochs = np.stack([order.batch(step, 1000) for step in range(2)])
+    np.testing.assert_array_equal(np.sort(epochs), [np.arange(1000)] * 2)  # each image once an epoch
+    assert np.mean(epochs[0] == epochs[1]) < 0.05
+    for step in range(60):
+        batch = labels[order.batch(step, 50)]  # 20 of them are an epoch
+        assert np.abs(np.bincount(batch, minlength=4) - 50 * np.bincount(labels) / 1000).max() <= 2
+    assert np.any(order.batch(0, 50) != training.Shuffled(labels, seed=6).batch(0, 50))
 
 
 def test_distortions_fade_out():
