@@ -137,7 +137,7 @@ class Shuffled:
     Such stratified sampling takes noise out of the gradient.
 
     Args:
-        labels: Classes of the N images, (N,).
+        labels: Classes of the N images, (N,); all the same for plain shuffling.
         seed: Integer.
     """
 
