@@ -73,7 +73,7 @@ def run(settings):
     centre_on_classes(model)
 
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
-    order = Shuffled(np.zeros_like(training.labels), settings.seed)  # one class: no better with their categories
+    order = Shuffled(np.zeros_like(training.labels), settings.seed)  # as one class: stratified, they did no better
     batch = partial(make_batch, training, order, len(names), settings)
     portable = alexnet(len(names))  # in float32, for any machine
     train(settings, steps, model, adam(settings, steps), portable, batch, test, names)
