@@ -143,14 +143,14 @@ class Shuffled:
 
     def __init__(self, labels, seed):
         self.labels, self.seed = labels, seed
-        self.epoch = lru_cache(maxsize=4)(self.epoch)  # the batches of an epoch follow each other
+        self.order = lru_cache(maxsize=4)(self.order)  # the batches of an epoch follow each other
 
     def batch(self, step, size):
         """Which images make up the batch of a step: indices (size,)."""
         epochs, places = np.divmod(np.arange(size) + step * size, len(self.labels))
-        return np.array([self.epoch(epoch)[place] for epoch, place in zip(epochs, places, strict=True)])
+        return np.array([self.order(epoch)[place] for epoch, place in zip(epochs, places, strict=True)])
 
-    def epoch(self, epoch):
+    def order(self, epoch):
         """All images in the order of an epoch: indices (N,)."""
         rng = np.random.default_rng((self.seed, 0, epoch))
         places = np.empty(len(self.labels))  # 0 is the start of the epoch, 1 its end
