@@ -19,7 +19,7 @@ from data.photos import decode, load_photos
 from networks import torchvision_convolutions
 from settings import caltech256_settings
 from state import SettingError, make_repeatable
-from training import Shuffled, centre_on_classes, end_in_good_order, train, warm_up_then_cosine
+from training import Order, centre_on_classes, end_in_good_order, train, warm_up_then_cosine
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python caltech256.py --help`.
 RECIPES = {
@@ -73,7 +73,7 @@ def run(settings):
     centre_on_classes(model)
 
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
-    order = Shuffled(np.zeros_like(training.labels), settings.seed)  # as one class: stratified, they did no better
+    order = Order("shuffled", training.labels, settings.seed)  # stratified, they did no better
     batch = partial(make_batch, training, order, len(names), settings)
     portable = alexnet(len(names))  # in float32, for any machine
     train(settings, steps, model, adam(settings, steps), portable, batch, test, names)

@@ -21,13 +21,14 @@ from localization import evaluate, table
 from networks import NetworkError, load_network, numbers
 from settings import mnist_settings
 from state import SettingError, make_repeatable
-from training import Shuffled, centre_on_classes, end_in_good_order, train, warm_up_then_cosine
+from training import Order, centre_on_classes, end_in_good_order, train, warm_up_then_cosine
 
 # Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
 RECIPES = {
     "default": dict(
         steps=5250,  # 84,000 images, however many there are: 6 epochs of the 14,000
         batch_size=16,  # images per step
+        order="stratified",  # each batch has about the classes of the whole set
         learning_rate=0.03,  # of Adam, at its peak
         warm_up=0.1,  # share of the steps in which it rises to the peak; then it falls to 0 along a cosine
         beta_2=0.99,  # of Adam: squared gradients averaged over about 100 steps, for a run has few thousand
@@ -41,6 +42,7 @@ RECIPES = {
     "original": dict(
         steps=100_000,  # 366 epochs of 70,000 images
         batch_size=256,
+        order="file",
         learning_rate=0.5,  # of plain gradient descent, constant
         label_smoothing=0.0,
         rotation=0.0,
@@ -80,7 +82,7 @@ def run(settings):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
 
     # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
-    order = Shuffled(training.labels, settings.seed)
+    order = Order(settings.order, training.labels, settings.seed)
     batch = partial(make_batch, training, order, settings, steps)
     portable = network()  # in float32, for any machine
     train(settings, steps, model, optimizer, portable, batch, test, numbers(CLASSES), settings.pooling)
@@ -91,10 +93,7 @@ def make_batch(training, order, settings, steps, step):
 
     Distortions fade out evenly over the run, so that it ends on images like those of the test.
     """
-    if settings.recipe == "original":  # file order
-        chosen = (np.arange(settings.batch_size) + step * settings.batch_size) % len(training.labels)
-    else:
-        chosen = order.batch(step, settings.batch_size)
+    chosen = order.batch(step, settings.batch_size)
     images = training.images[chosen]
     if settings.rotation or settings.zoom or settings.bend:
         rng, strength = np.random.default_rng((settings.seed, 1, step)), 1 - step / steps

@@ -25,6 +25,8 @@ def mnist_settings(description, recipes):
     flags.add("--data", default="data", type=Path, help="folder of the data set (default: data)")
     flags.add("--recipe", default="default", choices=recipes, help="how to train (default: default)")
     flags.add_common(out="out", every=100, samples=50)
+    kinds = ("stratified", "shuffled", "file")
+    flags.add_by_recipe("order", str, "of the training images", choices=kinds)
     flags.add_by_recipe("beta-2", number(0, 0.9999, float), "of Adam")
     flags.add_by_recipe("weight-decay", number(0, 1, float), "of Adam, but for biases")
     flags.add_by_recipe("rotation", number(0, 180, float), "of training images, degrees")

@@ -130,32 +130,35 @@ def warm_up_then_cosine(peak, steps, warm_up):
     return keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - first), warmup_target=peak, warmup_steps=first)
 
 
-class Shuffled:
-    """Random order of the training images: each once in an epoch, and every epoch in another order.
-
-    The images of a class are spread evenly over the epoch, so that each batch has about the classes of the whole set.
-    Such stratified sampling takes noise out of the gradient.
+class Order:
+    """The order in which the training images come: each once in an epoch.
 
     Args:
-        labels: Classes of the N images, (N,); all the same for plain shuffling.
+        kind: "stratified": every epoch in another random order, in which the images of a class are spread evenly over
+            the epoch, so that each batch has about the classes of the whole set. "shuffled": every epoch in another
+            random order. "file": always in the order of the arrays.
+        labels: Classes of the N images, (N,).
         seed: Integer.
     """
 
-    def __init__(self, labels, seed):
-        self.labels, self.seed = labels, seed
-        self.order = lru_cache(maxsize=4)(self.order)  # the batches of an epoch follow each other
+    def __init__(self, kind, labels, seed):
+        self.kind, self.labels, self.seed = kind, labels, seed
+        self.epoch = lru_cache(maxsize=4)(self.epoch)  # the batches of an epoch follow each other
 
     def batch(self, step, size):
         """Which images make up the batch of a step: indices (size,)."""
         epochs, places = np.divmod(np.arange(size) + step * size, len(self.labels))
-        return np.array([self.order(epoch)[place] for epoch, place in zip(epochs, places, strict=True)])
+        return np.array([self.epoch(epoch)[place] for epoch, place in zip(epochs, places, strict=True)])
 
-    def order(self, epoch):
+    def epoch(self, epoch):
         """All images in the order of an epoch: indices (N,)."""
+        if self.kind == "file":
+            return np.arange(len(self.labels))
         rng = np.random.default_rng((self.seed, 0, epoch))
-        places = np.empty(len(self.labels))  # 0 is the start of the epoch, 1 its end
-        for label in np.unique(self.labels):
-            images = rng.permutation(np.flatnonzero(self.labels == label))
+        groups = self.labels if self.kind == "stratified" else np.zeros_like(self.labels)
+        places = np.empty(len(groups))  # 0 is the start of the epoch, 1 its end
+        for group in np.unique(groups):
+            images = rng.permutation(np.flatnonzero(groups == group))
             places[images] = (np.arange(len(images)) + rng.random(len(images))) / len(images)
         return places.argsort()
 

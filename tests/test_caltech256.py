@@ -20,7 +20,7 @@ import caltech256
 from alexnet import alexnet
 from cam import class_activation_model
 from data.photos import load_photos
-from training import Shuffled
+from training import Order
 
 SHAPES = {"001.disc": (220, 40, 40), "002.square": (40, 60, 220), "003.stripes": (30, 200, 60)}
 SMALL = ["--weights", "none", "--batch-size", 4, "--every", 2, "--samples", 4]
@@ -181,7 +181,7 @@ def test_a_photo_that_vanishes_during_training(archive, tmp_path):
 def test_the_batch_of_a_step_depends_on_nothing_else(archive):
     training, _, names, _ = load_photos(archive)
     settings = SimpleNamespace(seed=3, batch_size=5)
-    order = Shuffled(np.zeros_like(training.labels), settings.seed)
+    order = Order("shuffled", training.labels, settings.seed)
     make = partial(caltech256.make_batch, training, order, len(names), settings)
     photos, labels = make(7)
     make(2)

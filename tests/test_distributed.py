@@ -31,14 +31,14 @@ def train(data, part, parts):
     from data.dataset import load_dataset
     from lenet import lenet, unit_variance_start
     from mnist import RECIPES, make_batch
-    from training import Batches, Shuffled, centre_on_classes
+    from training import Batches, Order, centre_on_classes
 
     def share(step):
         return tuple(values[part::parts] for values in make_batch(images, order, settings, STEPS, step))
 
     keras.utils.set_random_seed(0)
     images, _ = load_dataset(data)
-    order = Shuffled(images.labels, 0)
+    order = Order("stratified", images.labels, 0)
     model = lenet()
     unit_variance_start(model, images.images)
     centre_on_classes(model)

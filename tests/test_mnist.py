@@ -173,8 +173,9 @@ def settings(recipe, batch_size=4, seed=3):
 
 
 def batches(train, recipe, steps, first_step=0):
-    order = training.Shuffled(train.labels, seed=3)
-    make = partial(mnist.make_batch, train, order, settings(recipe), steps)
+    chosen = settings(recipe)
+    order = training.Order(chosen.order, train.labels, chosen.seed)
+    make = partial(mnist.make_batch, train, order, chosen, steps)
     return training.Batches(make, first_step, steps)
 
 
@@ -196,14 +197,25 @@ def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
 
 def test_every_batch_has_about_the_classes_of_the_whole_set():
     labels = np.random.default_rng(0).choice(4, 1000, p=[0.1, 0.2, 0.3, 0.4])
-    order = training.Shuffled(labels, seed=5)
+    order = training.Order("stratified", labels, seed=5)
     epochs = np.stack([order.batch(step, 1000) for step in range(2)])
     np.testing.assert_array_equal(np.sort(epochs), [np.arange(1000)] * 2)  # each image once an epoch
     assert np.mean(epochs[0] == epochs[1]) < 0.05
     for step in range(60):
         batch = labels[order.batch(step, 50)]  # 20 of them are an epoch
         assert np.abs(np.bincount(batch, minlength=4) - 50 * np.bincount(labels) / 1000).max() <= 2
-    assert np.any(order.batch(0, 50) != training.Shuffled(labels, seed=6).batch(0, 50))
+    assert np.any(order.batch(0, 50) != training.Order("stratified", labels, seed=6).batch(0, 50))
+
+
+def test_shuffled_images_come_once_an_epoch_without_regard_to_their_class():
+    labels = np.repeat(np.arange(4), 250)
+    order = training.Order("shuffled", labels, seed=5)
+    epochs = np.stack([order.batch(step, 1000) for step in range(2)])
+    np.testing.assert_array_equal(np.sort(epochs), [np.arange(1000)] * 2)
+    assert np.mean(epochs[0] == epochs[1]) < 0.05
+    counts = np.array([np.bincount(labels[order.batch(step, 50)], minlength=4) for step in range(20)])
+    # Drawn without replacement, a class's count in a batch has a variance of 50 x 1/4 x 3/4 x 950/999 = 8.9.
+    assert 5 < counts.var() < 13
 
 
 def test_distortions_fade_out():
