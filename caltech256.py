@@ -27,10 +27,8 @@ RECIPES = {
         epochs=12,
         batch_size=32,  # photos per step
         learning_rate=1e-3,  # of Adam, at its peak
-        frozen=3,  # convolutions, from the first, that stay as ImageNet left them
-        old_rate=0.3,  # share of the rate for the others from ImageNet
+        old_rate=0.0,  # share of that rate for the weights from ImageNet; with 0 they stay as they are
         warm_up=0.1,  # share of the steps in which the rate rises to the peak; then it falls to 0 along a cosine
-        weight_decay=10.0,  # share of the new weights, times the learning rate, that each step takes off them
         label_smoothing=0.1,  # share of the probability that the loss spreads evenly over the classes
         precision="auto",
     ),
@@ -68,8 +66,8 @@ def run(settings):
     model = alexnet(len(names), settings.precision)
     if weights:
         set_convolutions(model, weights)
-        for name in list(CONVOLUTIONS)[: settings.frozen]:
-            model.get_layer(name).trainable = False
+        for name in CONVOLUTIONS:
+            model.get_layer(name).trainable = settings.old_rate > 0  # if not, a step takes a third of the time
     else:
         print("--weights none: the convolutions start at random; without ImageNet expect far fewer photos right")
     centre_on_classes(model)
@@ -82,13 +80,10 @@ def run(settings):
 
 
 def adam(settings, steps):
-    """The optimizer; weights from ImageNet that are to change have a rate of their own, and do not decay."""
+    """The optimizer; weights from ImageNet that are to change have a rate of their own."""
     rate = partial(warm_up_then_cosine, steps=steps, warm_up=settings.warm_up)
-    if settings.recipe == "scratch":
-        return keras.optimizers.Adam(rate(settings.learning_rate))
-    new = keras.optimizers.AdamW(rate(settings.learning_rate), weight_decay=settings.weight_decay)
-    new.exclude_from_weight_decay(var_names=["bias"])
-    if settings.frozen == len(CONVOLUTIONS):
+    new = keras.optimizers.Adam(rate(settings.learning_rate))
+    if settings.recipe == "scratch" or settings.old_rate == 0:
         return new
     old = keras.optimizers.Adam(rate(settings.learning_rate * settings.old_rate))
     return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(new, {"conv[1-5]/.*": old}))

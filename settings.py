@@ -55,9 +55,7 @@ def caltech256_settings(description, recipes):
     )
     flags.add("--categories", nargs="+", metavar="NAME", help="take only these, such as coffee-mug (default: all)")
     flags.add_common(out="out/caltech256", every=50, samples=30)
-    flags.add_by_recipe("frozen", number(0, 5), "convolutions that stay as ImageNet left them, from the first")
-    flags.add_by_recipe("old-rate", number(0, 1, float), "share of the rate for the others from ImageNet")
-    flags.add_by_recipe("weight-decay", number(0, 100, float), "of Adam, for the new layers, but for biases")
+    flags.add_by_recipe("old-rate", number(0, 1, float), "share of the rate for the weights from ImageNet")
     settings = flags.parse_args()
     settings.recipe = "scratch" if str(settings.weights) == "none" else "pretrained"
     return flags.fill(settings, f"--weights {settings.weights}")

@@ -17,7 +17,7 @@ from skimage import data, draw
 from test_photos import encoded, write_tar
 
 import caltech256
-from alexnet import CONVOLUTIONS, alexnet, weight_shapes
+from alexnet import alexnet
 from cam import class_activation_model
 from data.photos import load_photos
 from training import Order
@@ -194,16 +194,12 @@ def test_the_batch_of_a_step_depends_on_nothing_else(archive):
     assert np.abs(make(0)[0].astype(int) - make(12)[0]).max() > 0
 
 
-def fine_tuning(**settings):
-    settings = dict(recipe="pretrained", learning_rate=1e-3, frozen=0, old_rate=0.25, warm_up=0.5) | settings
-    return caltech256.adam(SimpleNamespace(**settings), steps=4)
-
-
 def test_fine_tuning_takes_smaller_steps_with_the_old_weights():
     """Early steps of Adam have the size of the rate, whatever the gradient."""
     model = alexnet(3)
     before = model.get_weights()
-    optimizer = fine_tuning(weight_decay=0.0)
+    settings = SimpleNamespace(recipe="pretrained", learning_rate=1e-3, old_rate=0.25, warm_up=0.5)
+    optimizer = caltech256.adam(settings, steps=4)
     model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
     optimizer.build(model.trainable_variables)
     for each in optimizer.optimizers:
@@ -216,36 +212,6 @@ def test_fine_tuning_takes_smaller_steps_with_the_old_weights():
     for path, step in steps.items():
         share = 0.25 if re.match("conv[1-5]/", path) else 1
         assert step == pytest.approx(share * steps["softmax_weights/kernel"], rel=0.02)
-
-
-def test_new_weights_alone_decay():
-    """Without a gradient nothing else moves them."""
-    model = alexnet(3)
-    for variable in model.trainable_variables:
-        variable.assign(np.ones(variable.shape))
-    optimizer = fine_tuning(weight_decay=10.0)
-    optimizer.build(model.trainable_variables)
-    for each in optimizer.optimizers:
-        each.iterations.assign(2)  # where the rate is at its peak
-    optimizer.apply([np.zeros(variable.shape, np.float32) for variable in model.trainable_variables])
-    for variable in model.trainable_variables:
-        decays = variable.path in ("feature_maps/kernel", "softmax_weights/kernel")
-        np.testing.assert_allclose(variable, 0.99 if decays else 1, rtol=1e-6)
-
-
-def test_the_first_convolutions_stay_as_imagenet_left_them(archive, tmp_path):
-    rng = np.random.default_rng(0)
-    weights = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in weight_shapes().items()}
-    np.savez(tmp_path / "weights.npz", **weights)
-    process = run(
-        *("caltech256.py", "--data", archive, "--out", tmp_path / "out", "--steps", 2, *SMALL),
-        *("--weights", tmp_path / "weights.npz", "--frozen", 2),
-    )
-    assert process.returncode == 0, process.stderr
-    model = keras.models.load_model(tmp_path / "out" / "alexnet.keras")
-    for number, (name, (feature, _)) in enumerate(CONVOLUTIONS.items(), 1):
-        kernel = np.transpose(model.get_layer(name).get_weights()[0], (3, 2, 0, 1))
-        assert (kernel == weights[f"{feature}.weight"]).all() == (number <= 2), name
 
 
 def test_it_learns_real_photos(real_data, tmp_path):
