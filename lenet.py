@@ -32,9 +32,8 @@ def lenet(channels=1, classes=10, precision="float32", pooling="average"):
     x = layers.MaxPooling2D(2, padding="same", dtype=precision, name="pool2")(x)  # (N, H/4, W/4, 64)
     feature_maps = layers.ReLU(dtype=precision, name="feature_maps")(x)  # f_k
     global_pooling = {"average": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D}[pooling]
-    pooled = global_pooling(dtype="float32", name="gap" if pooling == "average" else "gmp")(
-        feature_maps
-    )  # F_k: (N, 64)
+    name = "gap" if pooling == "average" else "gmp"
+    pooled = global_pooling(dtype="float32", name=name)(feature_maps)  # F_k: (N, 64)
     logits = layers.Dense(  # S_c = sum_k w_k^c F_k: (N, C)
         classes,
         use_bias=False,
