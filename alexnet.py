@@ -1,16 +1,18 @@
-"""AlexNet with global average pooling: the network, and nothing of data or files.
+"""AlexNet with global average pooling (GAP).
 
 The convolutions are those of torchvision's AlexNet ("One weird trick for parallelizing convolutional neural networks",
-Krizhevsky 2014), whose ImageNet weights people can get. As in Zhou et al. 2016, section 3, what comes after conv5 is
+Krizhevsky 2014), whose ImageNet weights are public. As in Zhou et al. 2016, section 3, what comes after conv5 is
 replaced by a 3x3 convolution of 1024 units, global average pooling, and one matrix of softmax weights.
 """
+
+from functools import partial
 
 import keras
 from keras import layers, ops
 
 SHORT_SIDE = 256  # pixels to which a photo is scaled on its short side
-SIDE = 224  # pixels of the square that is cropped from it for training: 13 x 13 cells
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
+SIDE = 224  # pixels of the square that is cropped from it for training: feature maps of 13 x 13 locations
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
 # Convolutions with ImageNet weights: torchvision's name, and the shape there, (out, in, height, width).
 CONVOLUTIONS = {
     "conv1": ("features.0", (64, 3, 11, 11)),
@@ -31,39 +33,28 @@ def alexnet(classes, precision="float32"):
 
     Returns:
         Keras model from RGB images (N, H, W, 3), 0..255, to logits S_c (N, C). The feature maps f_k (N, h, w, 1024)
-        are the output of its layer "feature_maps"; 13 x 13 cells of 224 x 224 pixels.
+        are the output of its layer "feature_maps"; 13 x 13 locations for 224 x 224 pixels.
     """
 
-    def convolution(units, side, name, stride=1):
-        return layers.Conv2D(
-            units,
-            side,
-            stride,
-            # The same on all sides, as in PyTorch, where the stride is 1; before conv1 the padding is a layer.
-            padding="same" if stride == 1 else "valid",
-            activation="relu",
-            kernel_initializer="he_normal",
-            dtype=precision,
-            name=name,
-        )
-
+    # With stride 1 "same" pads all sides alike, as PyTorch does; before conv1 the padding is a layer.
+    options = {"padding": "same", "activation": "relu", "kernel_initializer": "he_normal", "dtype": precision}
+    conv = partial(layers.Conv2D, **options)
     images = keras.Input((None, None, 3), name="images")  # (N, H, W, 3)
-    mean, variance = [255 * x for x in MEAN], [(255 * x) ** 2 for x in DEVIATION]
-    x = layers.Normalization(mean=mean, variance=variance, name="imagenet_range")(images)
+    mean, variance = [255 * x for x in MEAN], [(255 * x) ** 2 for x in STD]
+    x = layers.Normalization(mean=mean, variance=variance, name="normalization")(images)
     x = layers.ZeroPadding2D(2, name="padding1")(x)
-    x = convolution(64, 11, "conv1", stride=4)(x)  # (N, 55, 55, 64) of 224 x 224 pixels
+    x = conv(64, 11, strides=4, padding="valid", name="conv1")(x)  # (N, 55, 55, 64) of 224 x 224 pixels
     x = layers.MaxPooling2D(3, 2, dtype=precision, name="pool1")(x)  # (N, 27, 27, 64)
-    x = convolution(192, 5, "conv2")(x)  # (N, 27, 27, 192)
+    x = conv(192, 5, name="conv2")(x)  # (N, 27, 27, 192)
     x = layers.MaxPooling2D(3, 2, dtype=precision, name="pool2")(x)  # (N, 13, 13, 192)
-    x = convolution(384, 3, "conv3")(x)
-    x = convolution(256, 3, "conv4")(x)
-    x = convolution(256, 3, "conv5")(x)  # (N, 13, 13, 256)
-    # In training 3 cells of 10 are hidden, so that no single part of an object decides.
-    x = layers.Dropout(0.3, noise_shape=(None, None, None, 1), name="hidden_cells")(x)
-    feature_maps = convolution(1024, 3, "feature_maps")(x)  # f_k: (N, 13, 13, 1024)
+    x = conv(384, 3, name="conv3")(x)
+    x = conv(256, 3, name="conv4")(x)
+    x = conv(256, 3, name="conv5")(x)  # (N, 13, 13, 256)
+    # In training 30% of the locations are hidden, so that no single part of an object decides.
+    x = layers.Dropout(0.3, noise_shape=(None, None, None, 1), name="location_dropout")(x)
+    feature_maps = conv(1024, 3, name="feature_maps")(x)  # f_k: (N, 13, 13, 1024)
     pooled = layers.GlobalAveragePooling2D(dtype="float32", name="gap")(feature_maps)  # F_k: (N, 1024)
-    # Half of them are left out of each training step, as in AlexNet's own classifier.
-    pooled = layers.Dropout(0.5, name="dropout")(pooled)
+    pooled = layers.Dropout(0.5, name="dropout")(pooled)  # as in AlexNet's own classifier
     logits = layers.Dense(classes, use_bias=False, dtype="float32", name="softmax_weights")(pooled)  # S_c: (N, C)
     return keras.Model(images, logits, name="alexnet")
 

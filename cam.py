@@ -1,85 +1,79 @@
 """Class activation maps: the method of "Learning Deep Features for Discriminative Localization", Zhou et al. 2016.
 
-    f_k(x, y)   activation of unit k of the last convolutional layer at cell (x, y): the feature maps
+    f_k(x, y)   activation of unit k of the last convolutional layer at location (x, y): the feature maps
     w_k^c       softmax weight of class c for unit k
-    F_k         f_k averaged over the cells: global average pooling
+    F_k         mean of f_k over the locations: global average pooling
     S_c         sum_k w_k^c F_k: the logit of class c                         equation (1)
     M_c(x, y)   sum_k w_k^c f_k(x, y): the class activation map of class c    equation (2)
 
-so S_c is the average of M_c over the cells. Arrays are (N, H, W, ...): images, rows, columns.
+so S_c is the mean of M_c over the locations. Arrays are (N, H, W, ...): images, rows, columns.
 """
 
-from quiet import keras  # first, to keep TensorFlow's start-up log off the console
+import sys
 
-# isort: split
+if __name__ == "__main__":
+    print("cam.py is not a program any more; use python show.py IMAGE ...", file=sys.stderr)
+    sys.exit(2)
+
+import keras
 import matplotlib
 import numpy as np
 from keras import layers, ops
 from skimage import measure
 
-POOLINGS = {"average": ("GlobalAveragePooling2D", ops.mean), "max": ("GlobalMaxPooling2D", ops.max)}
+# XLA's convolutions on a CPU are several times slower than TensorFlow's own.
+JIT_COMPILE = False if keras.backend.backend() == "tensorflow" else "auto"
+POOLINGS = {"GlobalAveragePooling2D": ops.mean, "GlobalMaxPooling2D": ops.max}
 
 
-def class_activation_map(feature_maps, softmax_weights, classes=None):
+def class_activation_map(feature_maps, softmax_weights):
     """Equation (2): M_c(x, y) = sum_k w_k^c f_k(x, y). No bias, no ReLU: M_c may be negative.
 
     Args:
         feature_maps: f_k, (N, H, W, K).
         softmax_weights: w_k^c, (K, C).
-        classes: One class per image, N integers in 0..C-1; None for all classes.
 
     Returns:
-        (N, H, W, C), or (N, H, W) when `classes` are given.
-
-    Raises:
-        ValueError: A class is not in 0..C-1, or their number is not N.
+        M_c, (N, H, W, C).
     """
-    if classes is None:
-        return ops.matmul(feature_maps, softmax_weights)  # (N, H, W, K) @ (K, C) -> (N, H, W, C)
-    classes, count = np.asarray(classes), softmax_weights.shape[1]
-    if classes.shape != (feature_maps.shape[0],) or classes.min() < 0 or classes.max() >= count:
-        raise ValueError(f"classes must be {feature_maps.shape[0]} integers in 0..{count - 1}, not {classes}")
-    weights = ops.take(softmax_weights, classes, axis=1)  # (K, N)
-    return ops.einsum("nhwk,kn->nhw", feature_maps, weights)
+    return ops.matmul(feature_maps, softmax_weights)  # (N, H, W, K) @ (K, C) -> (N, H, W, C)
 
 
-def class_activation_model(model, pooling="average"):
+def class_activation_model(model):
     """Turns a classifier into a model that gives logits and class activation maps in one forward pass.
 
     Args:
         model: Keras model of the form convolutions -> GlobalAveragePooling2D -> (Dropout) -> Dense, the Dense layer
             with or without bias and softmax. Its layers are used, not copied: the maps follow its training.
-        pooling: "max" for a model with GlobalMaxPooling2D in that place: the comparison of the paper's section 3.2.
+            GlobalMaxPooling2D instead is the comparison in section 3.2.
 
     Returns:
-        Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], both float32. Of a
-        Dense layer with bias b_c, S_c is the average of M_c plus b_c; of max pooling there is no such identity.
+        Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], both float32. If the
+        Dense layer has a bias b_c, S_c is the mean of M_c plus b_c. With max pooling there is no such identity.
 
     Raises:
         ValueError: The model has another form.
     """
     outputs = getattr(model, "outputs", None) or []
-    tail, tensors = [], outputs  # the layers that end the model, last first, to the first not Dense and not Dropout
+    tail, tensors = [], outputs  # the last layers, last first: Dense and Dropout, and the one before them
     while len(tensors) == 1 and (not tail or isinstance(tail[-1], (layers.Dense, layers.Dropout))):
         tail.append(tensors[0]._keras_history.operation)
         tensors = keras.tree.flatten(tail[-1].input)
     form = [type(layer).__name__ for layer in reversed(tail) if not isinstance(layer, layers.Dropout)]
-    wanted, pool = POOLINGS[pooling]
-    if form != [wanted, "Dense"] or tail[-1].data_format != "channels_last":
-        found = " -> ".join(form) or (f"{len(outputs)} outputs" if outputs else "no layer that is known yet")
+    if form not in [[pooling, "Dense"] for pooling in POOLINGS] or tail[-1].data_format != "channels_last":
+        found = " -> ".join(form) or (f"{len(outputs)} outputs" if outputs else "no layer that is built")
         raise ValueError(
-            f"no class activation map of model {model.name!r}: it ends in {found}; "
-            f"needed is convolutions -> {wanted} (channels last) -> (Dropout) -> Dense"
+            f"model {model.name!r} has no exact class activation map: it ends in {found}; "
+            "it must be convolutions -> GlobalAveragePooling2D (channels last) -> (Dropout) -> Dense"
         )
     dense, feature_maps = tail[0], tail[-1].input
-    scores_and_maps = ScoresAndMaps(dense, pool, name="scores_and_maps")(feature_maps)
-    cam = keras.Model(model.input, scores_and_maps, name=f"{model.name}_cam")
-    # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
-    cam.compile(jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
-    return cam
+    logits_and_maps = LogitsAndMaps(dense, POOLINGS[form[0]], name="logits_and_maps")(feature_maps)
+    cam_model = keras.Model(model.input, logits_and_maps, name=f"{model.name}_cam")
+    cam_model.compile(jit_compile=JIT_COMPILE)
+    return cam_model
 
 
-class ScoresAndMaps(layers.Layer):
+class LogitsAndMaps(layers.Layer):
     """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C)."""
 
     def __init__(self, dense, pool, **kwargs):
@@ -88,21 +82,52 @@ class ScoresAndMaps(layers.Layer):
 
     def call(self, feature_maps):
         pooled = self.pool(feature_maps, axis=(1, 2))  # F_k: (N, K)
-        scores = ops.matmul(pooled, self.dense.kernel)  # S_c: (N, C)
+        logits = ops.matmul(pooled, self.dense.kernel)  # S_c, equation (1): (N, C)
         if self.dense.use_bias:
-            scores = scores + self.dense.bias
-        return scores, class_activation_map(feature_maps, self.dense.kernel)
+            logits = logits + self.dense.bias
+        return logits, class_activation_map(feature_maps, self.dense.kernel)
+
+
+def predict_class_maps(cam_model, images, classes, batch_size=125):
+    """Logits of images, and the class activation map of one class for each of them.
+
+    Args:
+        cam_model: Model made by `class_activation_model`.
+        images: (N, h, w, channels), as the model takes them.
+        classes: One class per image, (N,), 0..C-1.
+
+    Returns:
+        S_c (N, C) and M_c of the given classes (N, H, W), float32.
+    """
+    classes, logits, maps = np.asarray(classes), [], []
+    for start in range(0, len(images), batch_size):
+        batch = slice(start, start + batch_size)
+        batch_logits, batch_maps = cam_model.predict_on_batch(images[batch])
+        logits.append(batch_logits)
+        maps.append(batch_maps[np.arange(len(batch_maps)), :, :, classes[batch]])
+    return np.concatenate(logits), np.concatenate(maps)
+
+
+def zero_mean_over_classes(softmax_weights):
+    """Subtracts from w_k^c (K, C) its mean over the classes, for each unit k. A Keras constraint for training.
+
+    Softmax, and so prediction and loss, does not change when the same map is added to the maps of all classes. Gradient
+    descent leaves that common part as it is; Adam, whose steps do not sum to zero over the classes, makes it drift.
+    Without it, M_c shows the evidence for class c against the other classes.
+    """
+    return softmax_weights - ops.mean(softmax_weights, axis=1, keepdims=True)
 
 
 def upsample(maps, height, width):
     """Upsamples maps (N, H, W) or (N, H, W, C) to `height` x `width`: bilinear, half-pixel centres (section 2)."""
     if len(maps.shape) == 3:
         return upsample(maps[..., None], height, width)[..., 0]
-    return ops.image.resize(maps, (height, width), interpolation="bilinear", data_format="channels_last")
+    maps = ops.image.resize(maps, (height, width), interpolation="bilinear", data_format="channels_last")
+    return ops.convert_to_numpy(maps)
 
 
 def normalize(maps):
-    """Scales each map of (..., H, W) to [0, 1] by its minimum and maximum; a constant map gives zeros.
+    """Scales each map of (..., H, W) to [0, 1] by its minimum and maximum; a constant map becomes zeros.
 
     Returns:
         float32 array of the same shape.
@@ -117,24 +142,24 @@ def normalize(maps):
     return ((maps - low) / np.where(high > low, high - low, 1)).astype(np.float32)
 
 
-def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=True):
-    """Lays a heatmap over the inverted image.
+def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=None):
+    """Overlays a heatmap on an image.
 
     Args:
         image: (H, W), (H, W, 1) or (H, W, 3) uint8.
-        heatmap: (H, W), 0..1: a map upsampled to the image and normalized.
+        heatmap: (H, W), 0..1: a map upsampled to the size of the image, and normalized.
         colormap: Name of a matplotlib colormap.
-        opacity: Share of the heatmap in the result, 0..1.
-        invert: Whether to invert the image, which makes room for the colours where it is mostly black.
+        opacity: Opacity of the heatmap, 0..1.
+        invert: Whether to invert the image first; by default a grey one is, so that black does not darken the colours.
 
     Returns:
-        RGB picture (H, W, 3) uint8.
+        RGB image (H, W, 3) uint8.
     """
     colors = 255 * matplotlib.colormaps[colormap](np.linspace(0, 1, 256, dtype=np.float32))[:, :3]  # (256, 3)
-    under = image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)
-    if invert:
-        under = 255 - under
-    blended = opacity * colors[np.rint(255 * heatmap).astype(np.uint8)] + (1 - opacity) * under  # (H, W, 3)
+    background = image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)
+    if invert or (invert is None and background.shape[2] == 1):
+        background = 255 - background
+    blended = opacity * colors[np.rint(255 * heatmap).astype(np.uint8)] + (1 - opacity) * background  # (H, W, 3)
     return np.rint(blended).astype(np.uint8)
 
 
@@ -146,8 +171,7 @@ def bounding_box(class_map, threshold=0.2):
         threshold: Share of the maximum, 0..1.
 
     Returns:
-        (x0, y0, x1, y1), half-open, in cells of the map; None when no cell is positive. Cells that touch at a corner
-        are connected; of components of equal size the first in reading order counts.
+        (x0, y0, x1, y1), half-open, in locations of the map; None if the map is nowhere positive.
 
     Raises:
         ValueError: The map has a value that is not finite.
@@ -156,14 +180,18 @@ def bounding_box(class_map, threshold=0.2):
     if not np.isfinite(class_map).all():
         raise ValueError("a class activation map is not finite: weights or image have infinite or NaN values")
     maximum = class_map.max()
-    if maximum <= 0:
+    return largest_component_box(class_map > threshold * maximum) if maximum > 0 else None
+
+
+def largest_component_box(mask):
+    """Box (x0, y0, x1, y1), half-open, around the largest connected component of a mask (H, W); None if it is empty.
+
+    Locations that touch at a corner are connected. Of components of equal size the first in reading order counts.
+    """
+    labels = measure.label(mask, connectivity=2)  # (H, W): 0 outside, 1, 2 ... by reading order
+    sizes = np.bincount(labels.ravel())[1:]
+    if not len(sizes):
         return None
-    regions = measure.regionprops(measure.label(class_map > threshold * maximum))
-    y0, x0, y1, x1 = max(regions, key=lambda region: region.area).bbox
-    return x0, y0, x1, y1
-
-
-if __name__ == "__main__":
-    from show import main  # the command line: your own images, your own network
-
-    main()
+    component = labels == 1 + sizes.argmax()
+    columns, rows = np.flatnonzero(component.any(axis=0)), np.flatnonzero(component.any(axis=1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,116 +1,137 @@
-"""Trains LeNet on cluttered MNIST and shows where it looks, as training goes on.
+"""Trains LeNet on cluttered MNIST, and shows where it looks while it learns.
 
-    python mnist.py                      the default recipe: about 97% of unseen digits; heatmaps in out/
+    python mnist.py                      the default recipe: heatmaps in out/
     python mnist.py --recipe original    the training of 2017: 100,000 steps of plain gradient descent
 
-tarball -> array of images -> batches -> LeNet -> feature maps -> class activation maps -> heatmaps
+tarball -> arrays -> batches -> LeNet -> feature maps -> class activation maps -> heatmaps
 """
 
-from quiet import keras  # first, to keep TensorFlow's start-up log off the console
+from experiment.quiet import keras  # first, to keep TensorFlow's start-up log off the console
 
 # isort: split
-from functools import partial
+from pathlib import Path
 
-import numpy as np
-
-from cam import class_activation_model
+import cam
 from data.dataset import BOXES, CLASSES, load_dataset
-from distortion import distort
-from lenet import lenet, unit_variance_start
-from localization import evaluate, table
-from networks import NetworkError, load_network, numbers
-from settings import mnist_settings
-from state import SettingError, make_repeatable
-from training import Order, centre_on_classes, end_in_good_order, train, warm_up_then_cosine
+from experiment.figures import save_figures, save_heatmaps, save_images
+from experiment.files import UserError
+from experiment.metrics import evaluate, format_metrics
+from experiment.networks import load_network, to_cam_model
+from experiment.run import RunFolder, run_main, set_seed
+from experiment.schedule import batch_indices, warmup_cosine
+from experiment.settings import fill_in_recipe, make_parser
+from lenet import lenet, lsuv_init
 
-# Settings: defaults of the two recipes. Every one is a flag (settings.py), see `python mnist.py --help`.
-RECIPES = {
-    "default": dict(
-        steps=5250,  # 84,000 images, however many there are: 6 epochs of the 14,000
-        batch_size=16,  # images per step
-        order="stratified",  # each batch has about the classes of the whole set
-        learning_rate=0.03,  # of Adam, at its peak
-        warm_up=0.1,  # share of the steps in which it rises to the peak; then it falls to 0 along a cosine
-        beta_2=0.99,  # of Adam: squared gradients averaged over about 100 steps, for a run has few thousand
-        weight_decay=0.01,  # share of the weights, times the learning rate, that each step takes off them
-        label_smoothing=0.1,  # share of the probability that the loss spreads evenly over the classes
-        rotation=10.0,  # degrees by which it turns a training image, at most, at the start; it fades out
-        zoom=0.12,  # share by which it zooms a training image, the same
-        bend=1.5,  # pixels by which it displaces parts of a training image, standard deviation, the same
-        precision="auto",
-    ),
-    "original": dict(
-        steps=100_000,  # 366 epochs of 70,000 images
-        batch_size=256,
-        order="file",
-        learning_rate=0.5,  # of plain gradient descent, constant
-        label_smoothing=0.0,
-        rotation=0.0,
-        zoom=0.0,
-        bend=0.0,
-        precision="float32",
-    ),
+# All settings; each is a flag, see `python mnist.py --help`.
+SETTINGS = {
+    "data": Path("data"),
+    "recipe": "default",
+    "pooling": "average",  # or "max", for the comparison in the paper's section 3.2
+    "out": Path("out"),
+    "every": 100,  # steps between two heatmaps of an image
+    "samples": 50,  # test images to draw heatmaps of, from the first
+    "seed": 0,
 }
+RECIPES = {
+    "default": {
+        "steps": 5250,  # 84,000 images, however many there are: 6 epochs of the 14,000
+        "batch_size": 16,
+        "order": "shuffled",
+        "learning_rate": 0.03,  # of AdamW, at its peak
+        "warmup": 0.1,  # share of the steps in which the rate rises to its peak; then it falls to 0 along a cosine
+        "beta_2": 0.99,  # squared gradients averaged over about 100 steps, since a run has only a few thousand
+        "weight_decay": 0.01,
+        "label_smoothing": 0.03,
+        "location_dropout": 0.3,  # share of the feature map locations that are hidden in a training step
+        "precision": "auto",
+    },
+    "original": {
+        "steps": 100_000,  # 366 epochs of 70,000 images
+        "batch_size": 256,
+        "order": "file",
+        "learning_rate": 0.5,  # of plain gradient descent, constant
+        "label_smoothing": 0.0,
+        "location_dropout": 0.0,
+        "precision": "float32",
+    },
+}
+TEST_IMAGES = 300  # to evaluate on during training; at its end it is all of them
 
 
-def run(settings):
-    """The experiment: from the tarball to the heatmaps."""
-    make_repeatable(settings.seed)
-    original = settings.recipe == "original"
+def main(settings):
+    set_seed(settings.seed)
 
-    # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,)
-    training, test = load_dataset(settings.data)
-    if settings.batch_size > len(training.labels):
-        raise SettingError(
-            f"--batch-size {settings.batch_size} is more than the {len(training.labels)} training images"
-        )
-    steps = settings.steps or settings.epochs * len(training.labels) // settings.batch_size
-    print(f"{settings.data}: {len(training.labels):,} training images, {len(test.labels):,} test images")
+    # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4)
+    train, test = load_dataset(settings.data)
+    count, (height, width) = len(train.labels), train.images.shape[1:3]
+    print(f"{settings.data}: {count:,} training images, {len(test.labels):,} test images", flush=True)
     if test.boxes is None:
-        print(f"{settings.data / BOXES} is missing, so localisation is not measured")
+        print(f"{settings.data / BOXES} is missing, so localization is not measured", flush=True)
+    if settings.batch_size > count:
+        raise UserError(f"--batch-size {settings.batch_size} is more than the {count} training images")
+    settings.steps = settings.steps or settings.epochs * count // settings.batch_size
+    one_hot = keras.utils.to_categorical(train.labels, CLASSES)  # (N, C)
 
-    # Model
-    network = partial(lenet, pooling=settings.pooling)
-    model = network(precision=settings.precision)
-    if original:
+    # Images -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c
+    model = lenet(1, CLASSES, settings.precision, settings.pooling, settings.location_dropout)
+    if settings.recipe == "original":
         optimizer = keras.optimizers.SGD(settings.learning_rate)
     else:
-        unit_variance_start(model, training.images[:256])
-        centre_on_classes(model)
-        rate = warm_up_then_cosine(settings.learning_rate, steps, settings.warm_up)
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, beta_2=settings.beta_2)
+        lsuv_init(model, train.images[:256])
+        kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
+        kernel.constraint = cam.zero_mean_over_classes  # after each step
+        kernel.assign(kernel.constraint(kernel))
+        rate = warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
+        optimizer = keras.optimizers.AdamW(rate, settings.weight_decay, beta_2=settings.beta_2)
         optimizer.exclude_from_weight_decay(var_names=["bias"])
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=cam.JIT_COMPILE)
 
-    # Batches -> training; on the way, feature maps -> class activation maps -> heatmaps
-    order = Order(settings.order, training.labels, settings.seed)
-    batch = partial(make_batch, training, order, settings, steps)
-    portable = network()  # in float32, for any machine
-    train(settings, steps, model, optimizer, portable, batch, test, numbers(CLASSES), settings.pooling)
+    # The same layers once more: images -> logits S_c (N, C) and class activation maps M_c (N, 25, 25, C)
+    cam_model = cam.class_activation_model(model)
+
+    run = RunFolder(settings, model)  # lock, checkpoint, progress, history
+    if run.finished:
+        return
+    print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
+    samples = test.first(settings.samples)
+    save_images(settings.out, samples.images)
+
+    for step in run.steps():  # step 0 comes before training
+        if step > 0:
+            batch = batch_indices(step - 1, settings.batch_size, count, settings.order, settings.seed)  # (B,)
+            run.add_loss(*model.train_on_batch(train.images[batch], one_hot[batch]))
+
+        if run.is_due(step):
+            # Images -> class activation maps of the true classes (S, 25, 25) -> heatmaps (S, 100, 100), 0..1 -> PNG
+            logits, maps = cam.predict_class_maps(cam_model, samples.images, samples.labels)
+            heatmaps = cam.normalize(cam.upsample(maps, height, width))
+            save_heatmaps(settings.out, step, samples.images, heatmaps)  # img_0/cmap_100.png ...
+            tested = test if step == settings.steps else test.first(TEST_IMAGES)
+            run.record(evaluate(cam_model, *tested), len(tested.labels), logits.argmax(axis=1), maps)
+
+    # The trained network in float32, for any machine
+    trained = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
+    trained.set_weights(model.get_weights())
+    names = [str(digit) for digit in range(CLASSES)]
+    save_figures(settings.out, cam.class_activation_model(trained), samples, names, run.history)
+    run.finish(trained, names)
 
 
-def make_batch(training, order, settings, steps, step):
-    """The batch of a step: images (batch_size, H, W, 1) uint8, labels (batch_size, C), one-hot.
-
-    Distortions fade out evenly over the run, so that it ends on images like those of the test.
-    """
-    chosen = order.batch(step, settings.batch_size)
-    images = training.images[chosen]
-    if settings.rotation or settings.zoom or settings.bend:
-        rng, strength = np.random.default_rng((settings.seed, 1, step)), 1 - step / steps
-        images = distort(images, rng, *(strength * x for x in (settings.rotation, settings.zoom, settings.bend)))
-    return images, keras.utils.to_categorical(training.labels[chosen], CLASSES)
-
-
-def evaluate_only(settings):
-    """Measures a trained network on the test images."""
+def evaluate_model(settings):
+    """Measures a trained model on all test images."""
     _, test = load_dataset(settings.data)
     model = load_network(settings.evaluate)
     if model.input_shape[-1] != 1 or model.output_shape != (None, CLASSES):
-        raise NetworkError(f"{settings.evaluate} is no network of grey images and {CLASSES} classes")
-    measures = evaluate(class_activation_model(model, settings.pooling), *test, thorough=True)
-    print(table(measures, len(test.labels)))
+        raise UserError(f"{settings.evaluate} is not a model of grey images and {CLASSES} classes")
+    cam_model = to_cam_model(model)
+    print(format_metrics(evaluate(cam_model, *test, all_metrics=True), len(test.labels)))
 
 
 if __name__ == "__main__":
-    settings = mnist_settings(__doc__, RECIPES)
-    end_in_good_order("mnist.py", evaluate_only if settings.evaluate else run, settings)
+    parser = make_parser("mnist.py", __doc__, SETTINGS, RECIPES)
+    text = "only measure a saved model, or a checkpoint of the original"
+    parser.add_argument("--evaluate", type=Path, metavar="MODEL", help=text)
+    settings = parser.parse_args()
+    fill_in_recipe(parser, settings, settings.recipe, RECIPES)
+    run_main("mnist.py", evaluate_model if settings.evaluate else main, settings)

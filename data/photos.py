@@ -1,11 +1,9 @@
-"""The photos of Caltech-256: the one place that knows, checks and reads its archive.
-
-The archive, a .tar or the folder that it extracts to, holds
+"""Reads Caltech-256, from its .tar or the folder that it extracts to:
 
     256_ObjectCategories/NNN.name/NNN_0001.jpg, NNN_0002.jpg ...
 
 with a folder NNN.name for each category. Other files (there are a few) are left out and counted. The last 10 photos of
-each category are for testing, the others for training.
+each category are the test set, the others the training set.
 """
 
 import io
@@ -18,12 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from data.dataset import DataError, Limited, progress
+from data.dataset import LimitedReader, Split
+from experiment.files import UserError
 
 TEST_PHOTOS = 10  # of each category
-LARGEST_FILE = 1 << 25  # bytes
-LARGEST_PHOTO = 50_000_000  # pixels
+MAX_FILE = 1 << 25  # bytes
+MAX_PIXELS = 50_000_000  # pixels
 FORMATS = ["JPEG", "PNG", "GIF", "BMP"]  # a few photos are not what their name says
 
 
@@ -36,73 +36,67 @@ class Photo(NamedTuple):
     size: int
 
 
-class Photos(NamedTuple):
-    """The training or the test set."""
-
-    photos: list  # N of Photo
-    labels: np.ndarray  # (N,) int64, 0..C-1
-
-
 def load_photos(archive, chosen=None):
-    """Finds the photos of Caltech-256, and decodes each once to know that it can be read.
+    """Finds the photos of Caltech-256, and decodes each once to check that it is readable.
 
     Args:
         archive: Path of the .tar, or of the folder that it extracts to.
         chosen: Categories to take, each by its name or folder ("coffee-mug" or "041.coffee-mug"); None for all.
 
     Returns:
-        The training `Photos`; the test `Photos`, in which the categories take turns; the names of the C categories; and
-        counts of what is out of the ordinary, by what it is.
+        The training and the test `Split`, whose images are lists of `Photo`s (in the test set the categories take
+        turns); the names of the C categories; and counts of the files that were left out, by the reason.
 
     Raises:
-        DataError: The archive is missing or broken, or a category is not there or has too few photos.
+        UserError: The archive is missing or broken, or a category is missing or has too few photos.
     """
     archive = Path(archive)
     files = in_folder(archive) if archive.is_dir() else in_tar(archive)
     categories, counts = {}, Counter()  # folder -> photos
     for photo in sorted(files):
         found = re.search(r"(?:^|/)(([0-9]{3})\.[^/]+)/\2_[0-9]{4}\.jpg\Z", photo.name)
-        if found and found[1].isprintable() and 0 < photo.size <= LARGEST_FILE:
+        if found and found[1].isprintable() and 0 < photo.size <= MAX_FILE:
             categories.setdefault(found[1], []).append(photo)
         else:
-            counts["files of other names or sizes left out"] += 1
+            counts["files with other names or sizes left out"] += 1
     if not categories:
-        raise DataError(f"{archive} has no photos 256_ObjectCategories/NNN.name/NNN_0001.jpg")
-    if chosen:
-        categories = select(archive, categories, chosen)
+        raise UserError(f"{archive} has no photos 256_ObjectCategories/NNN.name/NNN_0001.jpg")
+    names = {folder.split(".", 1)[1]: folder for folder in categories}
+    folders = {names.get(name, name) for name in chosen or categories}
+    if unknown := folders - set(categories):
+        raise UserError(f"{archive} has no category {min(unknown)!r}; it has {', '.join(names)}")
+    categories = {folder: photos for folder, photos in categories.items() if folder in folders}
 
-    parts = ([], [])  # training, test: lists of (place in the category, label, photo)
     photos = [photo for photos in categories.values() for photo in photos]
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        remarks = list(progress(pool.map(inspect, photos), len(photos), f"checking {archive}"))
-    remark = dict(zip(photos, remarks, strict=True))
-    counts.update(text for text in remarks if text)
+    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock while it decodes
+        checked = tqdm(pool.map(is_readable, photos), f"checking {archive}", len(photos), unit=" photos", disable=None)
+        unreadable = {photo for photo, readable in zip(photos, checked, strict=True) if not readable}
+    if unreadable:
+        counts["unreadable photos left out"] = len(unreadable)
+    train, test = [], []  # (label, photo)
     for label, (folder, photos) in enumerate(categories.items()):
-        readable = [photo for photo in photos if remark[photo] != "unreadable photos left out"]
-        if len({photo.name.rsplit("/", 1)[1] for photo in readable}) < len(readable):
-            raise DataError(f"{archive} has photos of {folder} twice")
+        readable = [(label, photo) for photo in photos if photo not in unreadable]
+        if len({Path(photo.name).name for _, photo in readable}) < len(readable):
+            raise UserError(f"{archive} has duplicate photos of {folder}")
         if len(readable) <= TEST_PHOTOS:
-            raise DataError(f"{archive}: {folder} has {len(readable)} photos; at least {TEST_PHOTOS + 1} are needed")
-        for place, photo in enumerate(readable, start=TEST_PHOTOS - len(readable)):
-            parts[place >= 0].append((place, label, photo))
-    parts[1].sort(key=lambda item: item[:2])
-    training, test = (Photos([item[2] for item in part], np.array([item[1] for item in part])) for part in parts)
-    return training, test, [folder.split(".", 1)[1] for folder in categories], dict(counts)
+            raise UserError(f"{archive}: {folder} has {len(readable)} photos; at least {TEST_PHOTOS + 1} are needed")
+        train += readable[:-TEST_PHOTOS]
+        test += readable[-TEST_PHOTOS:]
+    test = [test[start] for first in range(TEST_PHOTOS) for start in range(first, len(test), TEST_PHOTOS)]
+    splits = [Split([p for _, p in items], np.array([label for label, _ in items]), None) for items in (train, test)]
+    return *splits, [folder.split(".", 1)[1] for folder in categories], dict(counts)
 
 
 def in_folder(folder):
     """The files below a folder, as `Photo`s."""
-    return [
-        Photo(path.relative_to(folder).as_posix(), path, 0, path.stat().st_size)
-        for path in folder.rglob("*")
-        if path.is_file()
-    ]
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return [Photo(path.relative_to(folder).as_posix(), path, 0, path.stat().st_size) for path in paths]
 
 
 def in_tar(archive):
     """The files of an uncompressed tar archive, as `Photo`s; nothing is extracted."""
     try:
-        with archive.open("rb") as file, tarfile.open(fileobj=(limited := Limited(file)), mode="r:") as members:
+        with archive.open("rb") as file, tarfile.open(fileobj=(limited := LimitedReader(file)), mode="r:") as members:
             found = []
             for member in members:
                 limited.next_member()
@@ -114,30 +108,17 @@ def in_tar(archive):
                 raise tarfile.ReadError(f"it breaks off after {len(found):,} files")
             return found
     except FileNotFoundError:
-        raise DataError(f"{archive} is missing; give 256_ObjectCategories.tar or its folder by --data") from None
+        raise UserError(f"{archive} is missing; give 256_ObjectCategories.tar or its folder by --data") from None
     except (tarfile.TarError, EOFError, RecursionError) as error:
-        raise DataError(f"{archive} is not a complete .tar ({error}); get it again") from None
+        raise UserError(f"{archive} is not a complete .tar ({error}); get it again") from None
 
 
-def select(archive, categories, chosen):
-    """Those of the categories (folder -> photos) that were chosen by name or folder."""
-    by_name = {folder.split(".", 1)[1]: folder for folder in categories}
-    folders = {by_name.get(name, name) for name in chosen}
-    if unknown := folders - set(categories):
-        raise DataError(f"{archive} has no category {min(unknown)!r}; it has {', '.join(by_name)}")
-    return {folder: photos for folder, photos in categories.items() if folder in folders}
-
-
-def inspect(photo):
-    """Decodes a photo; says what is out of the ordinary with it, or ""."""
+def is_readable(photo):
     try:
-        image = open_image(photo)
-        image.load()
+        open_image(photo).load()
     except Exception:  # Pillow raises a dozen kinds for a bad image
-        return "unreadable photos left out"
-    if image.format != "JPEG":
-        return "photos in other formats"
-    return "" if image.mode == "RGB" else "photos that are not RGB"
+        return False
+    return True
 
 
 def open_image(photo):
@@ -145,7 +126,7 @@ def open_image(photo):
     with photo.path.open("rb") as file:
         file.seek(photo.offset)
         image = Image.open(io.BytesIO(file.read(photo.size)), formats=FORMATS)
-    if image.width * image.height > LARGEST_PHOTO:
+    if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{photo.name} has {image.width} x {image.height} pixels")
     return image
 
@@ -153,14 +134,9 @@ def open_image(photo):
 def decode(photo, short_side, side, rng=None):
     """Decodes a photo, and crops it as if it had been scaled to `short_side` pixels on its short side.
 
-    Args:
-        photo: A `Photo`.
-        short_side: Pixels.
-        side: Pixels of the crop, at most `short_side`.
-        rng: NumPy random generator for a random place, mirrored or not; None for the crop at the centre.
-
     Returns:
-        (side, side, 3) uint8, RGB.
+        The crop, (side, side, 3) uint8, RGB: at the centre, or with a NumPy random generator `rng` at a random place,
+        mirrored or not.
     """
     image = open_image(photo)
     image.draft("RGB", (short_side, short_side))  # of a large JPEG only as much as is needed

@@ -1,3 +1,4 @@
+import csv
 import io
 import os
 import subprocess
@@ -18,10 +19,25 @@ settings.load_profile("short")
 SMALL = ["--batch-size", 8, "--every", 2, "--samples", 4]  # settings of mnist.py for `small_data`
 
 
-def png(pixels):
+def encoded(pixels, kind="JPEG"):
+    """The bytes of an image file."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels).save(file, kind)
     return file.getvalue()
+
+
+def png(pixels):
+    return encoded(pixels, "PNG")
+
+
+def write_tar(path, files):
+    """Writes an uncompressed tar archive of files, bytes by name."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
 
 
 def write_data(folder, images, labels, boxes=None, names=None):
@@ -41,10 +57,27 @@ def write_data(folder, images, labels, boxes=None, names=None):
     return folder
 
 
-def run(*arguments, cwd=ROOT):
+def rows(path):
+    """The rows of a CSV file, as dicts of text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder):
+    """The bytes of each file below a folder by its path, but for the lock."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def run(*arguments, **environment):
     """Runs a script of the project as a user does."""
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
 
 

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
-from alexnet import CONVOLUTIONS, DEVIATION, MEAN, alexnet, set_convolutions, weight_shapes
+from alexnet import CONVOLUTIONS, MEAN, STD, alexnet, set_convolutions, weight_shapes
 from cam import class_activation_model
-from networks import torchvision_convolutions
+from experiment.files import UserError
+from experiment.networks import load_torchvision_convolutions
+from lenet import lenet
 
 
 def convolution(x, weight, bias, stride, padding):
@@ -24,7 +26,7 @@ def max_pooling(x):
 
 def layers_by_hand(photo, weights):
     """torchvision's AlexNet to conv5, a layer at a time, of a photo (H, W, 3) in 0..255."""
-    x = ((photo / 255 - MEAN) / DEVIATION).transpose(2, 0, 1)
+    x = ((photo / 255 - MEAN) / STD).transpose(2, 0, 1)
     for name, stride, padding in (("conv1", 4, 2), ("conv2", 1, 2), ("conv3", 1, 1), ("conv4", 1, 1), ("conv5", 1, 1)):
         if name in ("conv2", "conv3"):
             x = max_pooling(x)
@@ -47,7 +49,7 @@ def random_weights():
 def weights(request):
     if request.param == "random":
         return random_weights()
-    return torchvision_convolutions(request.getfixturevalue("real_data") / "alexnet_imagenet_conv.npz")
+    return load_torchvision_convolutions(request.getfixturevalue("real_data") / "alexnet_imagenet_conv.npz")
 
 
 @pytest.mark.parametrize("size", [(224, 224), (83, 130)])
@@ -73,43 +75,47 @@ def test_shapes_and_maps():
     assert not model.get_layer("softmax_weights").use_bias
 
 
-def test_whole_cells_are_hidden_in_training():
-    layer, cells = alexnet(3).get_layer("hidden_cells"), np.ones((2, 9, 12, 4), np.float32)
-    found = np.asarray(layer(cells, training=True))
-    np.testing.assert_array_equal(found, found[..., :1].repeat(4, axis=-1))  # all channels of a cell, or none
-    assert 0.15 < (found == 0).mean() < 0.45  # 3 of 10, within five standard deviations
-    np.testing.assert_array_equal(layer(cells, training=False), cells)
+@pytest.mark.parametrize("model", [alexnet(3), lenet(location_dropout=0.3)], ids=["alexnet", "lenet"])
+def test_whole_locations_are_hidden_in_training(model):
+    layer, ones = model.get_layer("location_dropout"), np.ones((2, 9, 12, 4), np.float32)
+    found = np.asarray(layer(ones, training=True))
+    np.testing.assert_array_equal(found, found[..., :1].repeat(4, axis=-1))  # all units of a location, or none
+    assert 0.15 < (found == 0).mean() < 0.45  # 30%, within five standard deviations
+    np.testing.assert_array_equal(layer(ones, training=False), ones)
 
 
 def test_weights_file(tmp_path):
     path, weights = tmp_path / "alexnet.npz", random_weights()
     np.savez(path, **weights, **{"classifier.1.weight": np.zeros(3)})
-    for name, values in torchvision_convolutions(path).items():
+    for name, values in load_torchvision_convolutions(path).items():
         np.testing.assert_array_equal(values, weights[name])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features.3.bias": None}, "has no features.3.bias"),
-        ({"features.6.weight": np.zeros((3, 3, 192, 384), np.float32)}, r"features.6.weight is \(3, 3, 192, 384\)"),
-        ({"features.0.bias": np.zeros(64, int)}, "features.0.bias is .* int64, and not .* floating point"),
-        ({"features.0.bias": np.array([{}] * 64)}, "features.0.bias is .* object, and not"),
-        ({"features.8.bias": np.full(256, np.nan)}, "features.8.bias has infinite or NaN values"),
+        ({"features.3.bias": None}, "features.3.bias must be an array"),
+        (
+            {"features.6.weight": np.zeros((3, 3, 192, 384), np.float32)},
+            r"features.6.weight must be an array \(384, 192, 3, 3\)",
+        ),
+        ({"features.0.bias": np.zeros(64, int)}, "features.0.bias must be .* floating-point"),
+        ({"features.0.bias": np.array([{}] * 64)}, "not a readable .npz file .*pickle"),
+        ({"features.8.bias": np.full(256, np.nan)}, "features.8.bias must be .* finite"),
     ],
 )
 def test_weights_that_do_not_fit(change, message, tmp_path):
     path = tmp_path / "alexnet.npz"
     np.savez(path, **{name: values for name, values in (random_weights() | change).items() if values is not None})
-    with pytest.raises(ValueError, match=message) as error:
-        torchvision_convolutions(path)
+    with pytest.raises(UserError, match=message) as error:
+        load_torchvision_convolutions(path)
     assert "alexnet.npz" in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [(b"not a zip", "is not an .npz file"), (None, "is missing")])
+@pytest.mark.parametrize(("content", "message"), [(b"not a zip", "is not a readable .npz file"), (None, "is missing")])
 def test_no_weights_file(content, message, tmp_path):
     path = tmp_path / "alexnet.npz"
     if content:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        torchvision_convolutions(path)
+    with pytest.raises(UserError, match=message):
+        load_torchvision_convolutions(path)

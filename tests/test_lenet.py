@@ -1,11 +1,11 @@
-"""lenet.py: the network, layer by layer, and its two starts."""
+"""lenet.py: the network, layer by layer, and its two initializations."""
 
 import keras
 import numpy as np
 import pytest
 
-from lenet import lenet, unit_variance_start
-from training import centre_on_classes
+from cam import zero_mean_over_classes
+from lenet import lenet, lsuv_init
 
 
 def naive_lenet(images, conv1, bias1, conv2, bias2, weights):
@@ -62,7 +62,7 @@ def test_three_equal_channels_are_one_channel_with_the_summed_kernel():
     np.testing.assert_allclose(np.asarray(grey(images)), np.asarray(rgb(images.repeat(3, axis=3))), atol=1e-5)
 
 
-def test_the_originals_start():
+def test_the_originals_initialization():
     keras.utils.set_random_seed(0)
     conv1, bias1, conv2, bias2, weights = lenet().get_weights()
     # Xavier uniform: within sqrt(6 / (inputs + outputs)), and filling that range.
@@ -76,12 +76,12 @@ def test_the_originals_start():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_unit_variance_start(seed):
+def test_lsuv_init(seed):
     keras.utils.set_random_seed(seed)
     model = lenet()
     before = model.get_weights()
     images = np.random.default_rng(seed).integers(0, 256, (16, 40, 40, 1), dtype=np.uint8)
-    unit_variance_start(model, images)
+    lsuv_init(model, images)
     assert np.std(np.asarray(model(images))) == pytest.approx(1, rel=1e-3)
     deviations = [value.std() for value in model.get_weights() if value.ndim > 1]
     np.testing.assert_allclose(deviations, deviations[0], rtol=1e-4)
@@ -98,9 +98,11 @@ def test_centred_weights_predict_the_same_and_stay_centred():
     free, centred = lenet(), lenet()
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (32, 40, 40, 1), dtype=np.uint8), np.eye(10)[rng.integers(0, 10, 32)]
-    unit_variance_start(free, images)
+    lsuv_init(free, images)
     centred.set_weights(free.get_weights())
-    centre_on_classes(centred)
+    kernel = centred.get_layer("softmax_weights").kernel
+    kernel.constraint = zero_mean_over_classes
+    kernel.assign(zero_mean_over_classes(kernel))
     probabilities = [np.asarray(keras.ops.softmax(model(images))) for model in (free, centred)]
     np.testing.assert_allclose(*probabilities, atol=1e-5)
     drift = []
@@ -118,7 +120,7 @@ def test_bfloat16_gives_float32_logits_near_those_of_float32():
     keras.utils.set_random_seed(0)
     exact, mixed = lenet(), lenet(precision="mixed_bfloat16")
     images = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 1), dtype=np.uint8)
-    unit_variance_start(exact, images)
+    lsuv_init(exact, images)
     mixed.set_weights(exact.get_weights())
     assert mixed.get_layer("conv2").compute_dtype == "bfloat16"
     assert keras.backend.standardize_dtype(mixed(images).dtype) == "float32"

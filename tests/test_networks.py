@@ -10,8 +10,9 @@ from conftest import assert_one_line_error, run, write_data
 from keras import layers
 
 from cam import class_activation_model
+from experiment.files import UserError
+from experiment.networks import keras_application, load_network, to_cam_model
 from lenet import lenet
-from networks import NetworkError, keras_application, load_network
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,17 @@ def test_evaluate_takes_a_checkpoint_and_a_saved_model(checkpoint, tmp_path, ran
         assert process.returncode == 0, process.stderr
         assert process.stderr == ""
         assert "on all 3 test images" in process.stdout
-        assert "GT-known localisation" in process.stdout
+        assert "GT-known localization" in process.stdout
     assert outputs[0].stdout == outputs[1].stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_takes_a_network_with_max_pooling(tmp_path, random_images):
+    data = write_data(tmp_path / "data", random_images, range(10), boxes=[(2, 3, 12, 11)] * 10)
+    lenet(pooling="max").save(tmp_path / "model.keras")
+    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "model.keras", "--pooling", "max")
+    assert process.returncode == 0, process.stderr
+    assert "MaxBoxAcc" in process.stdout
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.keras", "text", "text.keras", "zip.keras"])
@@ -67,7 +76,7 @@ def test_what_is_no_network_is_named(tmp_path, name):
     elif name.startswith("zip"):
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("config.json", "{}")
-    with pytest.raises(NetworkError, match=f"{name} is ") as error:
+    with pytest.raises(UserError, match=f"{name} is ") as error:
         load_network(path)
     assert "\n" not in str(error.value)
 
@@ -77,7 +86,7 @@ def test_no_code_of_a_saved_model_is_run(tmp_path):
     maps = layers.Lambda(lambda x: x * 1.0)(images)
     model = keras.Model(images, layers.Dense(2)(layers.GlobalAveragePooling2D()(maps)))
     model.save(tmp_path / "model.keras")
-    with pytest.raises(NetworkError, match="disallowed"):
+    with pytest.raises(UserError, match="disallowed"):
         load_network(tmp_path / "model.keras")
 
 
@@ -89,7 +98,7 @@ def test_no_pickle_is_loaded(tmp_path, name):
 
     np.savez(tmp_path / "payload.npz", **{"conv1/weights": np.array([Payload()], dtype=object)})
     (tmp_path / "payload.npz").rename(tmp_path / name)
-    with pytest.raises(NetworkError, match=f"{name} is "):
+    with pytest.raises(UserError, match=f"{name} is "):
         load_network(tmp_path / name)
     assert not (tmp_path / "code was run").exists()
 
@@ -133,10 +142,10 @@ def test_score_is_the_mean_of_the_map_plus_the_bias(name):
 @pytest.mark.parametrize("name", ["VGG16", "ConvNeXtTiny", "MobileNetV3Small"])
 def test_networks_without_an_exact_map_are_refused(name):
     model, _, _ = keras_application(name, weights=None)
-    with pytest.raises(ValueError, match="needed is convolutions -> GlobalAveragePooling2D"):
-        class_activation_model(model)
+    with pytest.raises(UserError, match="it must be convolutions -> GlobalAveragePooling2D"):
+        to_cam_model(model)
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(NetworkError, match=r"ResNet51 is neither .* ResNet50"):
+    with pytest.raises(UserError, match=r"ResNet51 is neither .* ResNet50"):
         keras_application("ResNet51")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cam import bounding_box, normalize, overlay, upsample
-from page import MOST_STEPS, draw_page
+from data.dataset import Split
+from experiment.page import MAX_STEPS, write_page
 
 HAND = """<script>
 const report = {}, at = (step) => { slider.value = step; slider.dispatchEvent(new Event("input")); };
@@ -34,24 +35,24 @@ setTimeout(() => {
 
 
 @pytest.fixture
-def run():
-    """Three steps, four images of 12 x 16 pixels, maps of 3 x 4 cells."""
+def run(tmp_path):
+    """Three steps, four images of 12 x 16 pixels, maps of 3 x 4 locations: the arguments of `write_page`."""
     rng = np.random.default_rng(0)
-    measures = {"accuracy": "accuracy", "gt_known": "GT-known localisation"}
+    predicted = [[0, 0, 3, 0], [3, 1, 3, 1], [3, 1, 3, 0]]
     history = [
-        {"step": 100 * k, "images": 3200 * k, "test_accuracy": k / 2, "test_gt_known": k / 4, "loss": ""}
+        {"step": 100 * k, "images": 3200 * k, "test_accuracy": k / 2, "test_gt_known": k / 4, "predicted": predicted[k]}
         for k in range(3)
     ]
-    maps = rng.normal(size=(3, 4, 3, 4)).astype(np.float32)
+    (tmp_path / "maps").mkdir()
+    for row in history:
+        np.save(tmp_path / "maps" / f"{row['step']}.npy", rng.normal(size=(4, 3, 4)).astype(np.float32))
+    images = rng.integers(0, 256, (4, 12, 16, 1), dtype=np.uint8)
+    samples = Split(images, np.array([3, 1, 3, 0]), np.tile([2, 3, 9, 8], (4, 1)))
     return {
-        "images": rng.integers(0, 256, (4, 12, 16, 1), dtype=np.uint8),
-        "labels": np.array([3, 1, 3, 0]),
-        "boxes": np.tile([2, 3, 9, 8], (4, 1)),
+        "out": tmp_path,
+        "samples": samples,
+        "class_names": ["zero", "one", "two</script>", "three"],
         "history": history,
-        "predictions": [[0, 0, 3, 0], [3, 1, 3, 1], [3, 1, 3, 0]],
-        "maps": lambda step: maps[step // 100],
-        "measures": measures,
-        "names": ["zero", "one", "two</script>", "three"],
     }
 
 
@@ -60,43 +61,43 @@ def content(path):
 
 
 def test_the_page_holds_the_run(run, tmp_path):
-    draw_page(tmp_path / "index.html", **run)
+    write_page(**run)
     page = content(tmp_path / "index.html")
     assert [step["step"] for step in page["steps"]] == [0, 100, 200]
-    maps = np.asarray(upsample(run["maps"](200), 12, 16))
+    maps = upsample(np.load(tmp_path / "maps" / "200.npy"), 12, 16)
     for found, class_map in zip(page["steps"][2]["boxes"], maps, strict=True):
         assert found is None if bounding_box(class_map) is None else tuple(found) == bounding_box(class_map)
     assert "http" not in (tmp_path / "index.html").read_text()  # nothing is fetched
 
 
 def test_of_a_long_run_there_are_as_many_steps_as_fit(run, tmp_path):
-    steps = 5 * MOST_STEPS
+    steps = 5 * MAX_STEPS
     run["history"] = [run["history"][0] | {"step": 0, "images": k} for k in range(steps)]
-    run["predictions"] = [[0, 0, 0, 0]] * steps
-    draw_page(tmp_path / "index.html", **run)
+    write_page(**run)
     images = [step["images"] for step in content(tmp_path / "index.html")["steps"]]
-    assert len(images) == MOST_STEPS
+    assert len(images) == MAX_STEPS
     assert (images[0], images[-1]) == (0, steps - 1)
 
 
 def test_the_page_without_boxes(run, tmp_path):
-    run["boxes"] = None
+    run["samples"] = run["samples"]._replace(boxes=None)
     run["history"] = [{name: value for name, value in row.items() if name != "test_gt_known"} for row in run["history"]]
-    draw_page(tmp_path / "index.html", **run)
+    write_page(**run)
     page = content(tmp_path / "index.html")
     assert {step["gt_known"] for step in page["steps"]} == {None}
-    assert page["samples"][0]["box"] is None
+    assert page["boxes"] is None
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_page_in_a_browser(run, channels, tmp_path):
     rng = np.random.default_rng(1)
-    run["images"] = rng.integers(0, 256, (4, 12, 16, channels), dtype=np.uint8)
+    images = rng.integers(0, 256, (4, 12, 16, channels), dtype=np.uint8)
+    run["samples"] = run["samples"]._replace(images=images)
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("no Chromium here to open the page in")
     path = tmp_path / "index.html"
-    draw_page(path, **run)
+    write_page(**run)
     path.write_text(path.read_text().replace("</html>", HAND + "</html>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     profile = f"--user-data-dir={tmp_path / 'profile'}"
@@ -109,11 +110,11 @@ def test_the_page_in_a_browser(run, channels, tmp_path):
     )
     report = json.loads(re.search(r"<body>(\{.*\})</body>", process.stdout, re.DOTALL)[1])
     assert report["end"]["text"] == (
-        "step 200: 6,400 training images seen, accuracy 100.0%, GT-known localisation 50.0%"
+        "step 200: 6,400 training images seen, accuracy 100.0%, GT-known localization 50.0%"
     )
-    assert report["end"]["captions"][1] == "image 1: one, taken for one|"
+    assert report["end"]["captions"][1] == "image 1: one, predicted one|"
     assert report["start"]["text"].startswith("step 0: 0 training images seen, accuracy 0.0%")
-    assert report["start"]["captions"][1] == "image 1: one, taken for zero|wrong"
+    assert report["start"]["captions"][1] == "image 1: one, predicted zero|wrong"
     assert report["start"]["mark"] != report["end"]["mark"]
     assert report["start"]["shown"] == [0, 1, 2, 3]
     assert report["wrong"]["shown"] == [0, 1]
@@ -122,8 +123,8 @@ def test_the_page_in_a_browser(run, channels, tmp_path):
     assert (report["played"], report["stopped"]) == (2, "Play")
     drawn = np.array(report["pixels"]).reshape(12, 16, 4)
     # The page normalises before it upsamples, and in 256 shades.
-    cells = normalize(run["maps"](100))[2:3]
-    heatmap = np.asarray(upsample(np.rint(255 * cells) / 255, 12, 16))[0]
-    expected = overlay(run["images"][2], heatmap.clip(0, 1), invert=channels == 1)
+    cells = normalize(np.load(tmp_path / "maps" / "100.npy"))[2:3]
+    heatmap = upsample(np.rint(255 * cells) / 255, 12, 16)[0]
+    expected = overlay(images[2], heatmap.clip(0, 1), invert=channels == 1)
     assert np.abs(drawn[:, :, :3].astype(int) - expected).max() <= 12  # a shade apart by rounding
     assert (drawn[:, :, 3] == 255).all()

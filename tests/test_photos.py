@@ -1,22 +1,14 @@
 """data/photos.py: archives of small photos, made here."""
 
-import io
-import tarfile
-
 import numpy as np
 import pytest
+from conftest import encoded, write_tar
 from PIL import Image
 
-from data.dataset import DataError
 from data.photos import Photo, decode, load_photos
+from experiment.files import UserError
 
 COUNT = 12  # photos of each category: 2 for training, 10 to test
-
-
-def encoded(pixels, kind="JPEG"):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
 
 
 def photos_of(category, count=COUNT):
@@ -28,15 +20,6 @@ def photos_of(category, count=COUNT):
         )
         for index in range(1, count + 1)
     }
-
-
-def write_tar(path, files):
-    with tarfile.open(path, "w") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 def write_folder(path, files):
@@ -51,16 +34,16 @@ FILES = photos_of("002.mug") | photos_of("001.bike") | photos_of("010.mouse", 15
 
 @pytest.mark.parametrize("write", [write_tar, write_folder])
 def test_archive(write, tmp_path):
-    training, test, names, counts = load_photos(write(tmp_path / "archive", FILES))
+    train, test, names, counts = load_photos(write(tmp_path / "archive", FILES))
     assert names == ["bike", "mug", "mouse"]
     assert counts == {}
-    assert training.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
     assert test.labels.tolist() == 10 * [0, 1, 2]
-    name = [photo.name.split("/")[-1] for photo in (*training.photos, *test.photos)]
+    name = [photo.name.split("/")[-1] for photo in (*train.images, *test.images)]
     assert name[:5] == ["001_0001.jpg", "001_0002.jpg", "002_0001.jpg", "002_0002.jpg", "010_0001.jpg"]
     assert name[9:13] == ["001_0003.jpg", "002_0003.jpg", "010_0006.jpg", "001_0004.jpg"]
     assert len(set(name)) == len(FILES)
-    for photo, label in zip(test.photos, test.labels, strict=True):
+    for photo, label in zip(test.images, test.labels, strict=True):
         shade = int(photo.name[-12:-9]) + int(photo.name[-8:-4])
         assert photo.name.split("/")[-2].endswith(names[label])
         assert abs(int(decode(photo, 25, 20).mean()) - shade) <= 1
@@ -68,10 +51,10 @@ def test_archive(write, tmp_path):
 
 def test_categories_by_name_and_folder(tmp_path):
     archive = write_tar(tmp_path / "archive.tar", FILES)
-    training, test, names, _ = load_photos(archive, ["mouse", "001.bike"])
+    train, test, names, _ = load_photos(archive, ["mouse", "001.bike"])
     assert names == ["bike", "mouse"]
-    assert set(training.labels) == set(test.labels) == {0, 1}
-    with pytest.raises(DataError, match="no category 'tea'; it has bike, mug, mouse"):
+    assert set(train.labels) == set(test.labels) == {0, 1}
+    with pytest.raises(UserError, match="no category 'tea'; it has bike, mug, mouse"):
         load_photos(archive, ["mouse", "tea"])
 
 
@@ -87,34 +70,32 @@ def test_what_is_out_of_the_ordinary(tmp_path):
         "256_ObjectCategories/001.bike/002_0001.jpg": encoded(grey),
         "256_ObjectCategories/003.a\nb/003_0001.jpg": encoded(grey),
     }
-    training, test, _, counts = load_photos(write_tar(tmp_path / "archive.tar", files))
+    train, test, _, counts = load_photos(write_tar(tmp_path / "archive.tar", files))
     assert counts == {
-        "photos that are not RGB": 1,
-        "photos in other formats": 1,
         "unreadable photos left out": 2,
-        "files of other names or sizes left out": 4,
+        "files with other names or sizes left out": 4,
     }
-    assert len(training.photos) + len(test.photos) == len(FILES) + 2
-    last = [photo for photo, label in zip(*test, strict=True) if label == 0][-2:]
+    assert len(train.images) + len(test.images) == len(FILES) + 2
+    last = [photo for photo, label in zip(test.images, test.labels, strict=True) if label == 0][-2:]
     assert [decode(photo, 30, 20).shape for photo in last] == [(20, 20, 3)] * 2
 
 
 def test_archives_that_cannot_be_used(tmp_path):
-    with pytest.raises(DataError, match=r"missing\.tar is missing"):
+    with pytest.raises(UserError, match=r"missing\.tar is missing"):
         load_photos(tmp_path / "missing.tar")
     (tmp_path / "text.tar").write_text("no archive")
-    with pytest.raises(DataError, match=r"text\.tar is not a complete \.tar"):
+    with pytest.raises(UserError, match=r"text\.tar is not a complete \.tar"):
         load_photos(tmp_path / "text.tar")
     whole = write_tar(tmp_path / "whole.tar", FILES).read_bytes()
     (tmp_path / "half.tar").write_bytes(whole[: len(whole) // 2 + 100])
-    with pytest.raises(DataError, match=r"half\.tar is not a complete \.tar"):
+    with pytest.raises(UserError, match=r"half\.tar is not a complete \.tar"):
         load_photos(tmp_path / "half.tar")
-    with pytest.raises(DataError, match=r"other\.tar has no photos"):
+    with pytest.raises(UserError, match=r"other\.tar has no photos"):
         load_photos(write_tar(tmp_path / "other.tar", {"photo.jpg": b"?"}))
-    with pytest.raises(DataError, match=r"003\.cup has 10 photos; at least 11"):
+    with pytest.raises(UserError, match=r"003\.cup has 10 photos; at least 11"):
         load_photos(write_tar(tmp_path / "few.tar", FILES | photos_of("003.cup", 10)))
     twice = {f"copy/{name}": content for name, content in photos_of("001.bike").items()}
-    with pytest.raises(DataError, match=r"photos of 001\.bike twice"):
+    with pytest.raises(UserError, match=r"duplicate photos of 001\.bike"):
         load_photos(write_folder(tmp_path / "twice", FILES | twice))
 
 

@@ -1,4 +1,4 @@
-"""cam.py on the command line, and how it treats images."""
+"""show.py on the command line, and how it treats images."""
 
 import keras
 import numpy as np
@@ -42,7 +42,7 @@ def photo(path, size=(90, 120), mode="RGB"):
 def test_scores_boxes_and_maps_are_those_of_the_model(color_model, tmp_path):
     path, model = color_model
     pixels = photo(tmp_path / "a.png", (32, 40))
-    process = run("cam.py", tmp_path / "a.png", "--model", path, "--top", 6, "--npy", "--out", tmp_path / "out")
+    process = run("show.py", tmp_path / "a.png", "--model", path, "--top", 6, "--npy", "--out", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     dense, images = model.layers[-1], pixels[None].astype(np.float32)
@@ -60,16 +60,17 @@ def test_scores_boxes_and_maps_are_those_of_the_model(color_model, tmp_path):
         assert name == str(label)
         assert f"S = {scores[label]:8.2f}" in line
         assert f"P = {probabilities[label]:6.1%}" in line
-        box = bounding_box(np.asarray(upsample(class_map[None], 32, 40))[0])
+        box = bounding_box(upsample(class_map[None], 32, 40)[0])
         assert line.endswith("nowhere positive" if box is None else "box {} {} {} {}".format(*box))
-    assert np.asarray(Image.open(tmp_path / "out" / "cam_a.png")).std() > 10
+    # The picture: the image, its six maps, and the scale, in rows of six, at 200 pixels each.
+    assert Image.open(tmp_path / "out" / "cam_a.png").size == (6 * 208, 2 * (160 + 50))
 
 
 def test_many_images_of_many_kinds(lenet_file, tmp_path):
     for name, size, mode in (("a.png", (100, 100), "L"), ("b.jpg", (300, 200), "RGB"), ("c.png", (30, 28), "RGBA")):
         photo(tmp_path / name, size, "RGB" if name.endswith("jpg") else mode)
     paths = [tmp_path / name for name in ("a.png", "b.jpg", "c.png")]
-    process = run("cam.py", *paths, "--model", lenet_file, "--class", 3, 1, 4, "--npy", "--out", tmp_path / "out")
+    process = run("show.py", *paths, "--model", lenet_file, "--class", 3, 1, 4, "--npy", "--out", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     classes = [line.split()[0] for line in process.stdout.splitlines() if line.startswith("    ")]
     assert classes == ["3", "1", "4"]
@@ -81,7 +82,7 @@ def test_many_images_of_many_kinds(lenet_file, tmp_path):
 def test_relu_only_when_asked(lenet_file, tmp_path):
     photo(tmp_path / "a.png")
     for flag in ([], ["--relu"]):
-        arguments = ["cam.py", tmp_path / "a.png", "--model", lenet_file, "--top", 10, "--npy", "--out", tmp_path]
+        arguments = ["show.py", tmp_path / "a.png", "--model", lenet_file, "--top", 10, "--npy", "--out", tmp_path]
         assert run(*arguments, *flag).returncode == 0
         assert (np.load(tmp_path / "cam_a.npy").min() < 0) == (not flag)
 
@@ -90,7 +91,7 @@ def test_relu_only_when_asked(lenet_file, tmp_path):
     ("arguments", "parts"),
     [
         (["nowhere.png"], ["nowhere.png is missing"]),
-        (["README.md"], ["README.md is not an image"]),
+        (["README.md"], ["README.md is not a readable image"]),
         (["GOOD", "GOOD"], ["same name"]),
         (["GOOD", "--model", "nowhere.keras"], ["nowhere.keras is missing"]),
         (["GOOD", "--model", "VGG17"], ["VGG17 is neither a file nor a network"]),
@@ -101,19 +102,13 @@ def test_relu_only_when_asked(lenet_file, tmp_path):
         (["GOOD", "--out", "README.md"], ["README.md"]),
     ],
 )
-def test_bad_input_is_named_in_one_line(lenet_file, tmp_path, capsys, monkeypatch, arguments, parts):
-    monkeypatch.chdir(ROOT)
+def test_bad_input_is_named_in_one_line(lenet_file, tmp_path, arguments, parts):
     photo(tmp_path / "good.png")
     arguments = [tmp_path / "good.png" if argument == "GOOD" else argument for argument in arguments]
     model = [] if "--model" in arguments else ["--model", lenet_file]
     out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
-    monkeypatch.setattr("sys.argv", ["cam.py", *map(str, [*arguments, *model, *out])])
-    with pytest.raises(SystemExit) as exit_:
-        show.main()
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("cam.py: ")
-    assert all(part in line for part in parts), line
+    process = run("show.py", *arguments, *model, *out)
+    assert_one_line_error(process, "show.py: ", *parts)
     assert not (tmp_path / "out").exists()
 
 
@@ -121,8 +116,8 @@ def test_a_network_of_another_form_is_refused(tmp_path):
     images = keras.Input((8, 8, 1))
     keras.Model(images, layers.Dense(2)(layers.Flatten()(images))).save(tmp_path / "flat.keras")
     photo(tmp_path / "a.png")
-    process = run("cam.py", tmp_path / "a.png", "--model", tmp_path / "flat.keras", "--out", tmp_path / "out")
-    assert_one_line_error(process, "Flatten -> Dense", "needed is convolutions -> GlobalAveragePooling2D")
+    process = run("show.py", tmp_path / "a.png", "--model", tmp_path / "flat.keras", "--out", tmp_path / "out")
+    assert_one_line_error(process, "Flatten -> Dense", "it must be convolutions -> GlobalAveragePooling2D")
 
 
 def test_a_photo_of_a_dark_digit_on_light_paper_becomes_an_mnist_digit():
@@ -134,7 +129,7 @@ def test_a_photo_of_a_dark_digit_on_light_paper_becomes_an_mnist_digit():
     large = np.asarray(Image.fromarray(digit).resize((600, 600), Image.Resampling.BICUBIC), float)[:, :, None] / 255
     shadow = np.linspace(0.9, 1, 600)[:, None]
     paper = np.array([230, 220, 200]) * shadow
-    seen = show.to_digit(np.rint(paper[None] * (1 - 0.7 * large)).astype(np.uint8))
+    seen = show.preprocess_digit(np.rint(paper[None] * (1 - 0.7 * large)).astype(np.uint8))
     rows = np.flatnonzero((seen[:, :, 0] > 100).any(axis=1))
     assert abs(rows[-1] - rows[0] + 1 - show.DIGIT_HEIGHT) <= 1
     assert np.median(seen) < 30
@@ -143,9 +138,9 @@ def test_a_photo_of_a_dark_digit_on_light_paper_becomes_an_mnist_digit():
 
 def test_small_images_go_to_the_lenet_as_they_are():
     grey = np.random.default_rng(0).integers(0, 100, (28, 30), dtype=np.uint8)
-    np.testing.assert_array_equal(show.to_digit(grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
-    np.testing.assert_array_equal(show.to_digit(255 - grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
-    assert show.to_digit(np.full((200, 300, 3), 255, np.uint8)).max() == 0
+    np.testing.assert_array_equal(show.preprocess_digit(grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
+    np.testing.assert_array_equal(show.preprocess_digit(255 - grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
+    assert show.preprocess_digit(np.full((200, 300, 3), 255, np.uint8)).max() == 0
 
 
 @pytest.mark.parametrize("times", [3, 4, 7])
@@ -154,4 +149,4 @@ def test_a_picture_with_repeated_pixels_goes_to_the_lenet_at_its_own_size(times)
     _, test = load_dataset(ROOT / "data")
     image = test.images[0, :, :, 0]
     large = image.repeat(times, axis=0).repeat(times, axis=1)
-    np.testing.assert_array_equal(show.to_digit(large[:, :, None].repeat(3, axis=2))[:, :, 0], image)
+    np.testing.assert_array_equal(show.preprocess_digit(large[:, :, None].repeat(3, axis=2))[:, :, 0], image)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process uses at a time."""
+"""Atomic writes, folder locks, and the error that users can fix."""
 
 import os
 from contextlib import contextmanager
@@ -8,15 +8,19 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
-PART = "part."  # names that begin with it are of files being written
+PART = "part."  # prefix of the files that are being written
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the file or setting and says what to do."""
 
 
 @contextmanager
-def complete_file(path):
-    """Gives a path to write to; what is written there gets the name `path` at the end, or never.
+def atomic_write(path):
+    """Yields a temporary path to write to, and renames it to `path` if nothing fails.
 
     Raises:
-        OSError: It cannot be written; names the file, as a full disk does not.
+        OSError: The file cannot be written. The message names the file, which a full disk's does not.
     """
     part = path.with_name(PART + path.name)
     try:
@@ -28,14 +32,11 @@ def complete_file(path):
         part.unlink(missing_ok=True)
 
 
-def hold(path):
-    """Holds the lock file `path` for this process.
-
-    Returns:
-        The open file. It is held until that is closed, or the process ends, however it ends.
+def acquire_lock(path):
+    """Locks the file `path` for this process, until the returned open file is closed or the process ends.
 
     Raises:
-        BlockingIOError: Another process holds it; the message names that process.
+        UserError: Another process holds the lock; the message names that process.
     """
     file = path.open("a+")
     if fcntl:
@@ -45,7 +46,7 @@ def hold(path):
             file.seek(0)
             holder = file.read()
             file.close()
-            raise BlockingIOError(f"process {holder} uses {path.parent}; wait for it, or stop it") from None
+            raise UserError(f"process {holder} uses {path.parent}; wait for it, or stop it") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

@@ -1,12 +1,13 @@
-"""localization.py against naive computations, and against cases whose value is known."""
+"""metrics.py against naive computations, and against cases whose value is known."""
 
 import keras
 import numpy as np
 import pytest
 from skimage import measure
 
-import localization
-from cam import bounding_box, class_activation_model, normalize, upsample
+from cam import bounding_box, class_activation_model, largest_component_box, normalize, upsample
+from experiment import metrics
+from experiment.files import UserError
 from lenet import lenet
 
 
@@ -26,7 +27,7 @@ def naive_iou(box, other):
 def maps():
     """Smooth maps with several maxima, and two with many equal values."""
     rng = np.random.default_rng(0)
-    smooth = np.asarray(upsample(rng.normal(size=(8, 6, 7)).astype(np.float32), 30, 34))
+    smooth = upsample(rng.normal(size=(8, 6, 7)).astype(np.float32), 30, 34)
     coarse = rng.integers(0, 3, (2, 30, 34)).astype(np.float32)
     return np.concatenate([smooth, coarse])
 
@@ -39,7 +40,7 @@ def boxes():
 
 
 def test_measures_are_those_of_a_naive_computation(maps, boxes):
-    found = localization.measure(maps, boxes)
+    found = metrics.measure(maps, boxes)
     for index, (class_map, (x0, y0, x1, y1)) in enumerate(zip(maps, boxes, strict=True)):
         assert found["iou"][index] == pytest.approx(naive_iou(bounding_box(class_map), (x0, y0, x1, y1)))
         y, x = np.unravel_index(class_map.argmax(), class_map.shape)
@@ -48,40 +49,15 @@ def test_measures_are_those_of_a_naive_computation(maps, boxes):
         assert found["energy"][index] == pytest.approx(positive[y0:y1, x0:x1].sum() / positive.sum())
 
 
-def test_boxes_of_all_maps_at_once_are_those_of_one_by_one(maps):
-    maps = np.concatenate([maps, -np.abs(maps[:2])])
-    expected = [bounding_box(class_map) or (0, 0, 0, 0) for class_map in maps]
-    np.testing.assert_array_equal(localization.bounding_boxes(maps), expected)
-    with pytest.raises(ValueError, match="not finite"):
-        localization.bounding_boxes(np.full((1, 4, 4), np.nan))
-
-
-def test_boxes_at_all_levels_are_those_of_a_loop_over_maps_and_thresholds(maps):
-    normalized = normalize(maps)
-    boxes = localization.boxes_at_levels(normalized)
-    assert boxes.shape == (10, 100, 4)
-    for class_map, at_levels in zip(normalized, boxes, strict=True):
-        cells = np.minimum(class_map * localization.LEVELS, localization.LEVELS - 1).astype(int)
-        for level, box in enumerate(at_levels):
-            assert tuple(box) == box_of_largest(cells >= level)
-
-
-def test_a_constant_map_has_a_box_at_the_lowest_level_only():
-    boxes = localization.boxes_at_levels(np.stack([np.zeros((5, 6)), np.ones((5, 6))]))
-    assert boxes[0, 0].tolist() == [0, 0, 6, 5]
-    assert not boxes[0, 1:].any()
-    assert (boxes[1] == [0, 0, 6, 5]).all()
-
-
 def test_pixel_average_precision_is_that_of_a_loop_over_thresholds(maps, boxes):
-    found = localization.measure(maps, boxes, thorough=True)
-    measured = localization.summarize(found, np.ones(10, bool))["pxap"]
-    scores = (normalize(maps) * localization.BINS).astype(int)
+    found = metrics.measure(maps, boxes, all_metrics=True)
+    measured = metrics.summarize(found, np.ones(10, bool))["pxap"]
+    scores = (normalize(maps) * metrics.PIXEL_BINS).astype(int)
     inside = np.zeros(maps.shape, bool)
     for mask, (x0, y0, x1, y1) in zip(inside, boxes, strict=True):
         mask[y0:y1, x0:x1] = True
     expected = recall = 0
-    for threshold in range(localization.BINS, -1, -1):
+    for threshold in range(metrics.PIXEL_BINS, -1, -1):
         above = scores >= threshold
         if above.any():
             precision, before, recall = inside[above].mean(), recall, inside[above].sum() / inside.sum()
@@ -90,14 +66,25 @@ def test_pixel_average_precision_is_that_of_a_loop_over_thresholds(maps, boxes):
 
 
 def test_max_box_accuracy_is_the_best_over_thresholds(maps, boxes):
-    found = localization.measure(maps, boxes, thorough=True)
-    measured = localization.summarize(found, np.ones(10, bool))["max_box_acc"]
-    cells = np.minimum(normalize(maps) * localization.LEVELS, localization.LEVELS - 1).astype(int)
+    found = metrics.measure(maps, boxes, all_metrics=True)
+    measured = metrics.summarize(found, np.ones(10, bool))["max_box_acc"]
+    normalized = normalize(maps)
     expected = max(
-        np.mean([naive_iou(box_of_largest(c >= level), box) >= 0.5 for c, box in zip(cells, boxes, strict=True)])
-        for level in range(cells.min(axis=(1, 2)).max(), cells.max(axis=(1, 2)).min() + 1)
+        np.mean(
+            [naive_iou(box_of_largest(m >= level / 100), box) >= 0.5 for m, box in zip(normalized, boxes, strict=True)]
+        )
+        for level in range(100)
     )
     assert measured == pytest.approx(expected)
+
+
+def test_boxes_are_those_of_scikit_image(maps):
+    for class_map in maps:
+        assert bounding_box(class_map) == box_of_largest(class_map > 0.2 * class_map.max())
+        for threshold in metrics.BOX_THRESHOLDS:
+            mask = normalize(class_map) >= threshold
+            assert largest_component_box(mask) == box_of_largest(mask)
+    assert largest_component_box(np.zeros((4, 5), bool)) is None
 
 
 def test_known_cases():
@@ -108,26 +95,26 @@ def test_known_cases():
     maps[2, 12:14, 12:14] = 1
     maps[3] = -1
     boxes = np.tile([4, 5, 10, 9], (4, 1))
-    found = localization.measure(maps, boxes, thorough=True)
+    found = metrics.measure(maps, boxes, all_metrics=True)
     assert found["iou"].tolist() == [1, 0.5, 0, 0]
     assert found["pointing"].tolist() == [True, True, False, False]
     assert found["energy"].tolist() == [1, 1, 0, 0]
-    measures = localization.summarize(found, right=np.array([True, False, True, True]))
-    assert measures["gt_known"] == 0.5
-    assert measures["top1"] == 0.25
-    assert measures["mean_iou"] == 0.375
-    assert measures["pointing"] == 0.5
-    assert measures["energy"] == 0.5
-    assert measures["max_box_acc"] == 0.5
+    found_metrics = metrics.summarize(found, correct=np.array([True, False, True, True]))
+    assert found_metrics["gt_known"] == 0.5
+    assert found_metrics["top1"] == 0.25
+    assert found_metrics["mean_iou"] == 0.375
+    assert found_metrics["pointing"] == 0.5
+    assert found_metrics["energy"] == 0.5
+    assert found_metrics["max_box_acc"] == 0.5
     # At the highest threshold 36 + 4 cells, 36 of them inside, of 96; then all 1,600 cells.
-    assert measures["pxap"] == pytest.approx(36 / 40 * 36 / 96 + 96 / 1600 * 60 / 96)
+    assert found_metrics["pxap"] == pytest.approx(36 / 40 * 36 / 96 + 96 / 1600 * 60 / 96)
 
 
 def test_perfect_maps_measure_one():
     maps = np.zeros((3, 12, 12))
     maps[:, 2:6, 3:9] = 1
-    found = localization.measure(maps, np.tile([3, 2, 9, 6], (3, 1)), thorough=True)
-    assert set(localization.summarize(found, np.ones(3, bool)).values()) == {1.0}
+    found = metrics.measure(maps, np.tile([3, 2, 9, 6], (3, 1)), all_metrics=True)
+    assert set(metrics.summarize(found, np.ones(3, bool)).values()) == {1.0}
 
 
 def test_evaluate_is_the_same_whatever_the_batches(monkeypatch):
@@ -136,22 +123,22 @@ def test_evaluate_is_the_same_whatever_the_batches(monkeypatch):
     images = rng.integers(0, 256, (7, 24, 20, 1), dtype=np.uint8)
     labels, boxes = rng.integers(0, 10, 7), np.tile([2, 3, 9, 11], (7, 1))
     model = class_activation_model(lenet())
-    whole = localization.evaluate(model, images, labels, boxes, thorough=True)
-    monkeypatch.setattr(localization, "BATCH", 3)
-    parts = localization.evaluate(model, images, labels, boxes, thorough=True)
+    whole = metrics.evaluate(model, images, labels, boxes, all_metrics=True)
+    monkeypatch.setattr(metrics, "BATCH_SIZE", 3)
+    parts = metrics.evaluate(model, images, labels, boxes, all_metrics=True)
     assert whole == pytest.approx(parts, rel=1e-4)
     # The maps that count are those of the true classes.
     scores, maps = model.predict(images, verbose=0)
     right = scores.argmax(axis=1) == labels
     assert whole["accuracy"] == right.mean()
     maps = maps[np.arange(7), :, :, labels]
-    measures = localization.summarize(localization.measure(np.asarray(upsample(maps, 24, 20)), boxes), right)
-    assert {name: whole[name] for name in measures} == pytest.approx(measures, rel=1e-4)
-    assert list(localization.evaluate(model, images, labels)) == ["accuracy"]
+    found_metrics = metrics.summarize(metrics.measure(upsample(maps, 24, 20), boxes), right)
+    assert {name: whole[name] for name in found_metrics} == pytest.approx(found_metrics, rel=1e-4)
+    assert list(metrics.evaluate(model, images, labels)) == ["accuracy"]
 
 
 def test_a_diverged_model_is_refused():
     model = lenet()
     model.get_layer("softmax_weights").kernel.assign(np.full((64, 10), np.nan))
-    with pytest.raises(FloatingPointError, match="NaN"):
-        localization.evaluate(class_activation_model(model), np.full((2, 8, 8, 1), 9, np.uint8), np.array([1, 2]))
+    with pytest.raises(UserError, match="NaN"):
+        metrics.evaluate(class_activation_model(model), np.full((2, 8, 8, 1), 9, np.uint8), np.array([1, 2]))

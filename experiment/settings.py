@@ -1,0 +1,97 @@
+"""The command lines of the experiments: a flag for each setting."""
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+
+import keras
+
+
+def number(least, most=sys.maxsize, kind=int):
+    """A type for argparse: a number in least..most."""
+
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not in {least} to {most}")
+        return value
+
+    convert.__name__ = "whole number" if kind is int else "number"
+    return convert
+
+
+# Type or choices, and help text, of every setting that an experiment can have.
+FLAGS = {
+    "data": (Path, "data set"),
+    "recipe": (("default", "original"), "how to train"),
+    "weights": (Path, "ImageNet weights of the convolutions, by torchvision's names, or none"),
+    "out": (Path, "folder to write to"),
+    "steps": (number(1), "training steps"),
+    "epochs": (number(1), "passes through the training images, instead of --steps"),
+    "batch_size": (number(1), "training images per step"),
+    "order": (("shuffled", "file"), "order of the training images"),
+    "learning_rate": (number(0, kind=float), "peak learning rate"),
+    "warmup": (number(0, 1, float), "share of the steps before the peak of the learning rate"),
+    "beta_2": (number(0, 0.9999, float), "Adam beta_2"),
+    "weight_decay": (number(0, 1, float), "AdamW weight decay of the kernels"),
+    "pretrained_lr_scale": (number(0, 1, float), "learning rate of the ImageNet weights, times --learning-rate"),
+    "label_smoothing": (number(0, 0.9, float), "label smoothing of the loss"),
+    "location_dropout": (number(0, 0.9, float), "share of the feature map locations hidden in training"),
+    "pooling": (("average", "max"), "global pooling"),
+    "precision": (("auto", "float32", "mixed_bfloat16"), "of the convolutions; auto: bfloat16 if the hardware has it"),
+    "every": (number(1), "steps between two heatmaps of an image"),
+    "samples": (number(1), "test images to draw heatmaps of"),
+    "seed": (number(0, 2**32 - 1), "random seed"),
+}
+
+
+def make_parser(script, description, settings, recipes):
+    """A command line with a flag for each setting.
+
+    Args:
+        script, description: Name of the script, and text for `--help`.
+        settings: Default values of the settings that all recipes share, by name.
+        recipes: For each recipe the default values of its other settings.
+    """
+    parser = argparse.ArgumentParser(script, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{script}: {message}; see --help\n")  # one line, without the usage
+    length = parser.add_mutually_exclusive_group()
+    for name, (kind, text) in FLAGS.items():
+        defaults = {recipe: values[name] for recipe, values in recipes.items() if name in values}
+        if name in settings:
+            text += f" (default: {settings[name]})"
+        elif defaults:
+            text += f" ({', '.join(f'{recipe}: {value}' for recipe, value in defaults.items())})"
+        elif name not in ("steps", "epochs"):
+            continue
+        options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        flag = (length if name in ("steps", "epochs") else parser).add_argument
+        flag(f"--{name.replace('_', '-')}", help=text, default=settings.get(name), **options)
+    parser.add_argument("--fresh", action="store_true", help="delete the earlier run in --out and start over")
+    return parser
+
+
+def fill_in_recipe(parser, settings, recipe, recipes):
+    """Fills in the defaults of a recipe, refuses settings that only others have, and resolves the precision "auto"."""
+    settings.recipe, defaults = recipe, dict(recipes[recipe])
+    if settings.steps or settings.epochs:  # the length is given, by one of the two
+        defaults |= {"steps": None, "epochs": None}
+    for name in sorted({name for values in recipes.values() for name in values}):
+        if getattr(settings, name) is None:
+            setattr(settings, name, defaults.get(name))
+        elif name not in defaults:
+            parser.error(f"--{name.replace('_', '-')} is not a setting of the {recipe} recipe")
+    if settings.precision == "auto":
+        settings.precision = "mixed_bfloat16" if has_bfloat16() else "float32"
+
+
+def has_bfloat16():
+    """Whether the device that trains is known to compute with bfloat16 in hardware."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        if gpus := tf.config.list_physical_devices("GPU"):
+            return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
+    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags

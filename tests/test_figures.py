@@ -1,0 +1,57 @@
+"""figures.py, and the atomic writes of files.py."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiment import figures
+from experiment.files import atomic_write
+
+
+def test_a_file_is_complete_or_the_old_one(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def interrupted():
+        with atomic_write(path) as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    with atomic_write(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize(
+    ("size", "enlarged"),
+    [((100, 100), (400, 400)), ((28, 20), (392, 280)), ((300, 9), (300, 9)), ((600, 5), (600, 5))],
+)
+def test_pictures_are_enlarged_by_whole_numbers(size, enlarged):
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    large = figures.enlarge(picture)
+    assert large.shape == (*enlarged, 3)
+    times = enlarged[0] // size[0]
+    np.testing.assert_array_equal(large[::times, times - 1 :: times], picture)
+
+
+def test_pictures_are_saved_as_they_are(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    figures.save_picture(picture, tmp_path / "picture.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "picture.png")), picture)
+
+
+def test_class_maps_are_on_one_scale_and_boxes_in_their_place(tmp_path):
+    """Two constant maps: the colours of both ends of the scale, and a box around the lower right quarter."""
+    image, maps = np.zeros((50, 100, 3), np.uint8), np.stack([np.full((5, 10), -2.0), np.full((5, 10), 3.0)], axis=-1)
+    titles = [("image", "black"), ("low", "black"), ("high", "black")]
+    figures.save_class_maps(tmp_path / "maps.png", image, maps, titles, [None, (50, 25, 100, 50)])
+    picture = np.asarray(Image.open(tmp_path / "maps.png"))[-100:]  # below the titles
+    np.testing.assert_array_equal(picture[:, :200], np.zeros((100, 200, 3)))
+    np.testing.assert_array_equal(picture[:, 208:408], np.broadcast_to([0, 0, 64], (100, 200, 3)))
+    np.testing.assert_array_equal(picture[:49, 416:616], np.broadcast_to([64, 0, 0], (49, 200, 3)))
+    np.testing.assert_array_equal(picture[50, 516:616], np.full((100, 3), 255))
+    np.testing.assert_array_equal(picture[54:96, 522:610], np.broadcast_to([64, 0, 0], (42, 88, 3)))
