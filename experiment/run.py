@@ -17,7 +17,7 @@ from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, format_metrics
 from experiment.networks import class_names_file, save_network
 
 SETTINGS, CHECKPOINT, PREVIOUS, LOCK = "settings.json", "checkpoint.npz", "checkpoint.previous.npz", "lock"
-OUTPUTS = ("history.csv", "accuracy.png", "overview.png", "index.html", CHECKPOINT, PREVIOUS)
+OUTPUTS = (PREVIOUS, CHECKPOINT, "history.csv", "accuracy.png", "overview.png", "index.html")
 NOT_COMPARED = ("out", "fresh", "epochs", "evaluate")  # settings that do not change what a run computes
 START = time.monotonic()
 
@@ -72,8 +72,8 @@ class RunFolder:
             print(f"resuming after step {self.step:,}", flush=True)
 
     def clear(self):
-        """Deletes what a run writes, and nothing else. The settings go last, so that a kill leaves no other run."""
-        for path in self.model_file, class_names_file(self.model_file), *(self.out / name for name in OUTPUTS):
+        """Deletes what a run writes, and nothing else: checkpoints first and settings last, in case of a kill."""
+        for path in *(self.out / name for name in OUTPUTS), self.model_file, class_names_file(self.model_file):
             path.unlink(missing_ok=True)
         for folder in self.out.glob("img_*"):
             if folder.name.removeprefix("img_").isdecimal():
