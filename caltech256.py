@@ -75,10 +75,10 @@ def main(settings):
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing)
     model.compile(make_optimizer(settings), loss, metrics=["accuracy"], jit_compile=cam.JIT_COMPILE)
 
-    # The same layers once more: photos -> logits S_c (N, C) and class activation maps M_c (N, 13, 13, C)
+    # The same layers and weights: photos -> S_c, equation (1) (N, C), and M_c, equation (2) (N, 13, 13, C)
     cam_model = cam.class_activation_model(model)
 
-    run = RunFolder(settings, model)  # lock, checkpoint, progress, history
+    run = RunFolder(settings, model)  # lock, checkpoint (restored into the model), progress, history
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} photos, {settings.recipe} recipe, {settings.precision}")
@@ -92,14 +92,15 @@ def main(settings):
             run.add_loss(*model.train_on_batch(photos, keras.utils.to_categorical(labels, len(names))))
 
         if run.is_due(step):
+            tested = test if step == settings.steps else test.first(TEST_PHOTOS)
+            metrics = evaluate(cam_model, *tested)
             # Photos -> class activation maps of the true classes (S, 13, 13) -> heatmaps (S, 224, 224), 0..1 -> PNG
             logits, maps = cam.predict_class_maps(cam_model, samples.images, samples.labels)
             heatmaps = cam.normalize(cam.upsample(maps, SIDE, SIDE))
             save_heatmaps(settings.out, step, samples.images, heatmaps)
-            tested = test if step == settings.steps else test.first(TEST_PHOTOS)
-            run.record(evaluate(cam_model, *tested), len(tested.labels), logits.argmax(axis=1), maps)
+            run.record(metrics, len(tested.labels), logits.argmax(axis=1), maps)
 
-    # The trained network in float32, for any machine
+    # The same weights in float32 layers, for any machine
     trained = alexnet(len(names))
     trained.set_weights(model.get_weights())
     save_figures(settings.out, cam.class_activation_model(trained), samples, names, run.history)

@@ -12,7 +12,7 @@ so S_c is the mean of M_c over the locations. Arrays are (N, H, W, ...): images,
 import sys
 
 if __name__ == "__main__":
-    print("cam.py is not a program any more; use python show.py IMAGE ...", file=sys.stderr)
+    print("cam.py is a library now; run python show.py IMAGE ...", file=sys.stderr)
     sys.exit(2)
 
 import keras
@@ -66,7 +66,7 @@ def class_activation_model(model):
             f"model {model.name!r} has no exact class activation map: it ends in {found}; "
             "it must be convolutions -> GlobalAveragePooling2D (channels last) -> (Dropout) -> Dense"
         )
-    dense, feature_maps = tail[0], tail[-1].input
+    dense, feature_maps = next(layer for layer in tail if isinstance(layer, layers.Dense)), tail[-1].input
     logits_and_maps = LogitsAndMaps(dense, POOLINGS[form[0]], name="logits_and_maps")(feature_maps)
     cam_model = keras.Model(model.input, logits_and_maps, name=f"{model.name}_cam")
     cam_model.compile(jit_compile=JIT_COMPILE)
@@ -113,7 +113,7 @@ def zero_mean_over_classes(softmax_weights):
 
     Softmax, and so prediction and loss, does not change when the same map is added to the maps of all classes. Gradient
     descent leaves that common part as it is; Adam, whose steps do not sum to zero over the classes, makes it drift.
-    Without it, M_c shows the evidence for class c against the other classes.
+    With it removed, M_c shows the evidence for class c against the other classes.
     """
     return softmax_weights - ops.mean(softmax_weights, axis=1, keepdims=True)
 

@@ -87,10 +87,10 @@ def main(settings):
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=cam.JIT_COMPILE)
 
-    # The same layers once more: images -> logits S_c (N, C) and class activation maps M_c (N, 25, 25, C)
+    # The same layers and weights: images -> S_c, equation (1) (N, C), and M_c, equation (2) (N, 25, 25, C)
     cam_model = cam.class_activation_model(model)
 
-    run = RunFolder(settings, model)  # lock, checkpoint, progress, history
+    run = RunFolder(settings, model)  # lock, checkpoint (restored into the model), progress, history
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
@@ -103,14 +103,15 @@ def main(settings):
             run.add_loss(*model.train_on_batch(train.images[batch], one_hot[batch]))
 
         if run.is_due(step):
+            tested = test if step == settings.steps else test.first(TEST_IMAGES)
+            metrics = evaluate(cam_model, *tested)
             # Images -> class activation maps of the true classes (S, 25, 25) -> heatmaps (S, 100, 100), 0..1 -> PNG
             logits, maps = cam.predict_class_maps(cam_model, samples.images, samples.labels)
             heatmaps = cam.normalize(cam.upsample(maps, height, width))
             save_heatmaps(settings.out, step, samples.images, heatmaps)  # img_0/cmap_100.png ...
-            tested = test if step == settings.steps else test.first(TEST_IMAGES)
-            run.record(evaluate(cam_model, *tested), len(tested.labels), logits.argmax(axis=1), maps)
+            run.record(metrics, len(tested.labels), logits.argmax(axis=1), maps)
 
-    # The trained network in float32, for any machine
+    # The same weights in float32 layers, for any machine
     trained = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
     trained.set_weights(model.get_weights())
     names = [str(digit) for digit in range(CLASSES)]

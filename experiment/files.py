@@ -8,7 +8,7 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None
 
-PART = "part."  # prefix of the files that are being written
+PART = ".cam-part."  # prefix of the files that are being written
 
 
 class UserError(Exception):

@@ -111,9 +111,7 @@ class RunFolder:
     def add_loss(self, loss, accuracy):
         """Adds the loss and accuracy of a training batch. A loss that is not finite raises a UserError."""
         if not np.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {self.step:,}; start over with --fresh and a smaller --learning-rate"
-            )
+            raise UserError(f"the loss is {loss} at step {self.step:,}; try --fresh and a smaller --learning-rate")
         self.losses.append((float(loss), float(accuracy)))
 
     def record(self, metrics, test_images, predicted, maps):
@@ -228,7 +226,7 @@ def check_settings(out, settings):
 
 def exit_on_signal(number, frame=None):
     """Ends the process at once. Not by an exception: one raised in a signal handler can get lost in a library."""
-    os.write(2, b"\nstopped; run the same command again to continue\n")
+    os.write(2, b"\nstopped; run the same command again, without --fresh, to continue\n")
     os._exit(128 + number)
 
 

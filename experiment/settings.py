@@ -28,11 +28,11 @@ FLAGS = {
     "weights": (Path, "ImageNet weights of the convolutions, by torchvision's names, or none"),
     "out": (Path, "folder to write to"),
     "steps": (number(1), "training steps"),
-    "epochs": (number(1), "passes through the training images, instead of --steps"),
+    "epochs": (number(1), "passes through the training images, an alternative to --steps"),
     "batch_size": (number(1), "training images per step"),
     "order": (("shuffled", "file"), "order of the training images"),
     "learning_rate": (number(0, kind=float), "peak learning rate"),
-    "warmup": (number(0, 1, float), "share of the steps before the peak of the learning rate"),
+    "warmup": (number(0, 1, float), "share of the steps in which the learning rate rises"),
     "beta_2": (number(0, 0.9999, float), "Adam beta_2"),
     "weight_decay": (number(0, 1, float), "AdamW weight decay of the kernels"),
     "pretrained_lr_scale": (number(0, 1, float), "learning rate of the ImageNet weights, times --learning-rate"),
@@ -87,7 +87,7 @@ def fill_in_recipe(parser, settings, recipe, recipes):
 
 
 def prefers_bfloat16():
-    """Whether the device that trains is known to be faster with bfloat16. An Intel processor is with AMX alone."""
+    """Whether the device that trains is known to be faster with bfloat16. Intel processors are only with AMX."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

@@ -91,6 +91,16 @@ def test_lenet_of_any_size(size):
     assert np.abs(first - second).max() > 1e-3 * np.abs(maps).max(), "two classes have the same map"
 
 
+def test_dropout_after_the_dense_layer():
+    images = keras.Input((8, 8, 1))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(2, 3)(images))
+    model = keras.Model(images, layers.Dropout(0.5)(layers.Dense(3)(x)))
+    photos = np.random.default_rng(0).uniform(0, 1, (2, 8, 8, 1)).astype("float32")
+    scores, maps = cam.class_activation_model(model).predict(photos, verbose=0)
+    np.testing.assert_allclose(scores, np.asarray(model(photos)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores, maps.mean(axis=(1, 2)), rtol=1e-4, atol=1e-6)
+
+
 def test_the_maps_follow_the_training_of_the_model():
     model = network(channels=1, units=4, classes=3, bias=False)
     maps_of = cam.class_activation_model(model)

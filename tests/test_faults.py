@@ -119,7 +119,7 @@ def test_a_run_that_is_asked_to_stop_ends_the_step_and_saves(small_data, whole_r
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == code
-    assert errors.split("\n")[-2:] == ["stopped; run the same command again to continue", ""]
+    assert errors.split("\n")[-2:] == ["stopped; run the same command again, without --fresh, to continue", ""]
     assert not list(tmp_path.rglob(PART + "*"))
     assert not (tmp_path / "lenet.keras").exists()
     continued = run(*command(small_data, tmp_path))
@@ -133,7 +133,10 @@ def test_a_signal_before_the_training_stops_too(small_data, tmp_path):
     wait_for(tmp_path / "lock", process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
-    assert (process.returncode, errors.strip()) == (143, "stopped; run the same command again to continue")
+    assert (process.returncode, errors.strip()) == (
+        143,
+        "stopped; run the same command again, without --fresh, to continue",
+    )
 
 
 @pytest.fixture
@@ -298,6 +301,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_state_stays(sm
     assert_nothing_is_half_written(tmp_path)
     with np.load(tmp_path / "checkpoint.npz") as state:
         assert all(np.isfinite(state[name]).all() for name in state.files if state[name].dtype.kind == "f")
+
+
+def test_weights_that_are_not_finite_at_an_evaluation_end_the_run_in_one_line(small_data, tmp_path):
+    rate = ["--recipe", "original", "--learning-rate", 9e18]
+    process = run("mnist.py", "--data", small_data, "--out", tmp_path, "--steps", 8, *SMALL, *rate, "--every", 1)
+    assert_one_line_error(process, "--fresh", "--learning-rate")
 
 
 def test_a_generator_that_is_killed_leaves_the_old_tarball_whole(tmp_path):

@@ -128,7 +128,7 @@ def test_a_run_of_another_version_is_refused(small_data, tmp_path):
 
 
 def test_the_command_line_of_cam_py_has_moved():
-    assert_one_line_error(run("cam.py", "digit.png"), "use python show.py IMAGE")
+    assert_one_line_error(run("cam.py", "digit.png"), "run python show.py IMAGE")
 
 
 def test_what_a_notebook_or_service_has_in_its_environment(small_data, tmp_path):
