@@ -88,7 +88,7 @@ class LogitsAndMaps(layers.Layer):
         return logits, class_activation_map(feature_maps, self.dense.kernel)
 
 
-def predict_class_maps(cam_model, images, classes, batch_size=125):
+def predict_class_maps(cam_model, images, classes, batch_size=50):
     """Logits of images, and the class activation map of one class for each of them.
 
     Args:

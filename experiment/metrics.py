@@ -34,7 +34,7 @@ SHOWN_METRICS = ("accuracy", "gt_known")  # in progress, curve and page
 IOU_THRESHOLD = 0.5  # a box is correct from this IoU
 BOX_THRESHOLDS = np.arange(100) / 100  # of MaxBoxAcc
 PIXEL_BINS = 1000  # of PxAP
-BATCH_SIZE = 125
+BATCH_SIZE = 50
 
 
 def evaluate(cam_model, images, labels, boxes=None, all_metrics=False):
@@ -54,7 +54,7 @@ def evaluate(cam_model, images, labels, boxes=None, all_metrics=False):
         UserError: A logit is infinite or NaN.
     """
     correct, measured = [], []
-    hidden = len(images) < 4 * BATCH_SIZE or None  # None: shown on a terminal only
+    hidden = len(images) < 8 * BATCH_SIZE or None  # None: shown on a terminal only
     for start in tqdm(range(0, len(images), BATCH_SIZE), "evaluating", leave=False, disable=hidden):
         batch = slice(start, start + BATCH_SIZE)
         logits, maps = predict_class_maps(cam_model, images[batch], labels[batch], BATCH_SIZE)
