@@ -34,7 +34,7 @@ SETTINGS = {
 }
 RECIPES = {
     "default": {
-        "steps": 5250,  # 84,000 images, however many there are: 6 epochs of the 14,000
+        "steps": 5250,  # 84,000 images on any data set: 6 epochs of the 14,000 here
         "batch_size": 16,
         "order": "shuffled",
         "learning_rate": 0.03,  # of AdamW, at its peak
@@ -55,7 +55,7 @@ RECIPES = {
         "precision": "float32",
     },
 }
-TEST_IMAGES = 300  # to evaluate on during training; at its end it is all of them
+TEST_IMAGES = 300  # evaluated during training; the final evaluation takes all
 
 
 def main(settings):
@@ -77,9 +77,9 @@ def main(settings):
     if settings.recipe == "original":
         optimizer = keras.optimizers.SGD(settings.learning_rate)
     else:
-        lsuv_init(model, train.images[:256])
+        lsuv_init(model, train.images[:256])  # logits of unit variance, so that it learns from the first step
         kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
-        kernel.constraint = cam.zero_mean_over_classes  # after each step
+        kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence against the other classes
         kernel.assign(kernel.constraint(kernel))
         rate = warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
         optimizer = keras.optimizers.AdamW(rate, settings.weight_decay, beta_2=settings.beta_2)

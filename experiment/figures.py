@@ -12,6 +12,7 @@ from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
 from experiment.page import write_page
 
 SIDE = 400  # pixels, about: pictures are enlarged by a whole number
+MIN_CELL = 64  # pixels, of a picture's place in a grid
 STRIP_LENGTH = 6  # maps in a strip
 MAX_CLASSES = 10  # in classes.png
 
@@ -118,9 +119,9 @@ def save_class_maps(path, image, maps, titles, boxes=()):
     for mapped, box in zip(pictures[1:], boxes, strict=False):
         if box:
             x0, y0, x1, y1 = (edge * width / image.shape[1] for edge in box)
-            ImageDraw.Draw(mapped).rectangle((x0, y0, x1 - 1, y1 - 1), outline="white", width=2)
+            ImageDraw.Draw(mapped).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="white", width=2)
     row = [(one, title, color) for one, (title, color) in zip(pictures, titles, strict=True)]
-    row.append((color_scale(low, high, width, height), "scale", "black"))
+    row.append((color_scale(low, high, max(width, MIN_CELL), max(height, MIN_CELL)), "scale", "black"))
     save_grid(path, [row[start : start + 6] for start in range(0, len(row), 6)])
 
 
@@ -151,6 +152,7 @@ def save_grid(path, rows, side=None):
         side: Pixels of a picture's longer side in the grid; None for the size that the pictures have.
     """
     width, height = fit(rows[0][0][0], side or max(rows[0][0][0].size)).size
+    width, height = max(width, MIN_CELL), max(height, MIN_CELL)  # room for the title of a very narrow picture
     size = min(28, width // 8)
     longest = max(ImageFont.load_default(size).getlength(title) for row in rows for _, title, _ in row)
     font = ImageFont.load_default(size=min(size, 0.95 * size * width / longest))

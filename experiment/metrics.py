@@ -31,7 +31,7 @@ METRIC_TITLES = {
     "pxap": "PxAP",
 }
 SHOWN_METRICS = ("accuracy", "gt_known")  # in progress, curve and page
-IOU_THRESHOLD = 0.5  # a box is correct from this IoU
+IOU_THRESHOLD = 0.5  # a box is correct at this IoU or more
 BOX_THRESHOLDS = np.arange(100) / 100  # of MaxBoxAcc
 PIXEL_BINS = 1000  # of PxAP
 BATCH_SIZE = 50
@@ -59,7 +59,7 @@ def evaluate(cam_model, images, labels, boxes=None, all_metrics=False):
         batch = slice(start, start + BATCH_SIZE)
         logits, maps = predict_class_maps(cam_model, images[batch], labels[batch], BATCH_SIZE)
         if not np.isfinite(logits).all():
-            raise UserError("the logits are infinite or NaN; start over with --fresh and a smaller --learning-rate")
+            raise UserError("the logits are infinite or NaN; train again, with --fresh and a smaller --learning-rate")
         correct.append(logits.argmax(axis=1) == labels[batch])
         if boxes is not None:
             measured.append(measure(upsample(maps, *images.shape[1:3]), boxes[batch], all_metrics))

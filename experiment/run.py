@@ -215,9 +215,7 @@ def check_settings(out, settings):
     except (ValueError, TypeError):
         raise UserError(f"{out / SETTINGS} is damaged; start over with --fresh") from None
     if earlier.keys() != own.keys():
-        raise UserError(
-            f"{out} holds a run of another script or version; start over with --fresh, or give another --out"
-        )
+        raise UserError(f"{out} holds a run of another script or version; use --fresh, or give another --out")
     for name, value in own.items():
         if value != earlier[name]:
             found = f"{out} holds a run with --{name.replace('_', '-')} {earlier[name]}, not {value}"

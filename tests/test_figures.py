@@ -55,3 +55,11 @@ def test_class_maps_are_on_one_scale_and_boxes_in_their_place(tmp_path):
     np.testing.assert_array_equal(picture[:49, 416:616], np.broadcast_to([64, 0, 0], (49, 200, 3)))
     np.testing.assert_array_equal(picture[50, 516:616], np.full((100, 3), 255))
     np.testing.assert_array_equal(picture[54:96, 522:610], np.broadcast_to([64, 0, 0], (42, 88, 3)))
+
+
+@pytest.mark.parametrize("size", [(400, 7), (7, 400), (3000, 40), (1, 1)])
+def test_maps_of_very_narrow_images_and_boxes_of_a_pixel(size, tmp_path):
+    maps = np.random.default_rng(0).normal(size=(5, 4, 2))
+    titles = [("image", "black"), ("computer-keyboard: S = 1.23", "black"), ("b", "black")]
+    figures.save_class_maps(tmp_path / "maps.png", np.zeros((*size, 3), np.uint8), maps, titles, [(0, 0, 1, 1), None])
+    assert Image.open(tmp_path / "maps.png").height > 64
