@@ -56,7 +56,7 @@ def save_figures(out, cam_model, samples, class_names, history):
     """Writes the figures that sum up a run, and the page.
 
     img_S/evolution.png    some maps of test image S in one strip, with step and predicted class
-    img_S/classes.png      its maps of all classes (of many, the top ten) on one scale, with logits S_c
+    img_S/classes.png      its maps of all classes (of many, the top ten) on one scale about zero, with logits S_c
     overview.png           for each class one image, and its maps through the training
     accuracy.png           accuracy and localization on test images against training images seen
 
@@ -101,7 +101,9 @@ def strip(out, index, label, rows, class_names):
 
 
 def save_class_maps(path, image, maps, titles, boxes=()):
-    """Writes an image, and over it its maps for several classes, all on one scale.
+    """Writes an image, and over it its maps for several classes, all on one scale, symmetric about zero.
+
+    So the middle colour means "no evidence", colours above it evidence for the class, and colours below it against.
 
     Args:
         path: File to write.
@@ -112,8 +114,8 @@ def save_class_maps(path, image, maps, titles, boxes=()):
     """
     picture = fit(to_image(image), min(max(*image.shape[:2], SIDE // 2), SIDE))
     width, height = picture.size
-    low, high = maps.min(), maps.max()
-    heatmaps = (upsample(maps[None], height, width)[0] - low) / max(high - low, np.finfo(np.float32).tiny)  # (H, W, K)
+    limit = max(np.abs(maps).max(), np.finfo(np.float32).tiny)
+    heatmaps = (upsample(maps[None], height, width)[0] / limit + 1) / 2  # (H, W, K): 0.5 where a map is zero
     heatmaps = np.moveaxis(heatmaps.clip(0, 1), 2, 0)
     pictures = [picture, *(to_image(overlay(np.asarray(picture), heatmap)) for heatmap in heatmaps)]
     for mapped, box in zip(pictures[1:], boxes, strict=False):
@@ -121,7 +123,7 @@ def save_class_maps(path, image, maps, titles, boxes=()):
             x0, y0, x1, y1 = (edge * width / image.shape[1] for edge in box)
             ImageDraw.Draw(mapped).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="white", width=2)
     row = [(one, title, color) for one, (title, color) in zip(pictures, titles, strict=True)]
-    row.append((color_scale(low, high, max(width, MIN_CELL), max(height, MIN_CELL)), "scale", "black"))
+    row.append((color_scale(limit, max(width, MIN_CELL), max(height, MIN_CELL)), "scale", "black"))
     save_grid(path, [row[start : start + 6] for start in range(0, len(row), 6)])
 
 
@@ -131,15 +133,15 @@ def fit(picture, side):
     return picture.resize([max(1, round(scale * length)) for length in picture.size], Image.Resampling.BOX)
 
 
-def color_scale(low, high, width, height):
-    """A picture of the colormap with the values at its bottom, middle and top."""
+def color_scale(limit, width, height):
+    """A picture of the colormap from -limit to limit."""
     values = np.linspace(1, 0, height)[:, None].repeat(width // 4, axis=1)
     bar = overlay(np.zeros(values.shape, np.uint8), values, opacity=1)
     picture = Image.new("RGB", (width, height), "white")
     picture.paste(Image.fromarray(bar))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(8, width // 8))
-    for share, value in ((0.08, high), (0.5, (low + high) / 2), (0.92, low)):
-        draw.text((width * 0.3, height * share), f"{value:.1f}", "black", font, anchor="lm")
+    for share, value in ((0.08, limit), (0.5, 0), (0.92, -limit)):
+        draw.text((width * 0.3, height * share), f"{value:.4g}", "black", font, anchor="lm")
     return picture
 
 

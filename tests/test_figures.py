@@ -1,5 +1,6 @@
 """figures.py, and the atomic writes of files.py."""
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -44,17 +45,21 @@ def test_pictures_are_saved_as_they_are(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "picture.png")), picture)
 
 
-def test_class_maps_are_on_one_scale_and_boxes_in_their_place(tmp_path):
-    """Two constant maps: the colours of both ends of the scale, and a box around the lower right quarter."""
-    image, maps = np.zeros((50, 100, 3), np.uint8), np.stack([np.full((5, 10), -2.0), np.full((5, 10), 3.0)], axis=-1)
-    titles = [("image", "black"), ("low", "black"), ("high", "black")]
-    figures.save_class_maps(tmp_path / "maps.png", image, maps, titles, [None, (50, 25, 100, 50)])
+def test_class_maps_are_on_one_scale_about_zero_and_boxes_in_their_place(tmp_path):
+    """Constant maps of -2, 0 and 4: their colours are at 1/4, 1/2 and 1, and a box is around the lower right quarter."""
+    image, maps = np.zeros((50, 100, 3), np.uint8), np.broadcast_to([-2.0, 0.0, 4.0], (5, 10, 3))
+    titles = [(name, "black") for name in ("image", "low", "none", "high")]
+    figures.save_class_maps(tmp_path / "maps.png", image, maps, titles, [None, None, (50, 25, 100, 50)])
     picture = np.asarray(Image.open(tmp_path / "maps.png"))[-100:]  # below the titles
     np.testing.assert_array_equal(picture[:, :200], np.zeros((100, 200, 3)))
-    np.testing.assert_array_equal(picture[:, 208:408], np.broadcast_to([0, 0, 64], (100, 200, 3)))
-    np.testing.assert_array_equal(picture[:49, 416:616], np.broadcast_to([64, 0, 0], (49, 200, 3)))
-    np.testing.assert_array_equal(picture[50, 516:616], np.full((100, 3), 255))
-    np.testing.assert_array_equal(picture[54:96, 522:610], np.broadcast_to([64, 0, 0], (42, 88, 3)))
+    low, none, high = (np.rint(127.5 * np.array(matplotlib.colormaps["jet"](n)[:3])) for n in (64, 128, 255))
+    np.testing.assert_array_equal(picture[:, 208:408], np.broadcast_to(low, (100, 200, 3)))
+    np.testing.assert_array_equal(picture[:, 416:616], np.broadcast_to(none, (100, 200, 3)))
+    np.testing.assert_array_equal(picture[:49, 624:824], np.broadcast_to(high, (49, 200, 3)))
+    np.testing.assert_array_equal(picture[50, 724:824], np.full((100, 3), 255))
+    np.testing.assert_array_equal(picture[54:96, 730:818], np.broadcast_to(high, (42, 88, 3)))
+    scale = picture[:, 832 : 832 + 50]  # its bar
+    assert (abs(scale[50] - 2.0 * none) <= 8).all()  # of the row beside the exact middle
 
 
 @pytest.mark.parametrize("size", [(400, 7), (7, 400), (3000, 40), (1, 1)])
