@@ -92,13 +92,15 @@ def main(settings):
             run.add_loss(*model.train_on_batch(photos, keras.utils.to_categorical(labels, len(names))))
 
         if run.is_due(step):
-            tested = test if step == settings.steps else test.first(TEST_PHOTOS)
-            metrics = evaluate(cam_model, *tested)
-            # Photos -> class activation maps of the true classes (S, 13, 13) -> heatmaps (S, 224, 224), 0..1 -> PNG
-            logits, maps = cam.predict_class_maps(cam_model, samples.images, samples.labels)
+            tested = test if step == settings.steps else test.first(max(TEST_PHOTOS, settings.samples))
+            # Photos -> logits (N, C) and class activation maps of the true classes (N, 13, 13)
+            logits, maps = cam.predict_class_maps(cam_model, tested.images, tested.labels)
+            metrics = evaluate(logits, maps, tested)
+            # Maps of the samples (S, 13, 13) -> heatmaps (S, 224, 224), 0..1 -> PNG
+            predicted, maps = logits[: settings.samples].argmax(axis=1), maps[: settings.samples]
             heatmaps = cam.normalize(cam.upsample(maps, SIDE, SIDE))
             save_heatmaps(settings.out, step, samples.images, heatmaps)
-            run.record(metrics, len(tested.labels), logits.argmax(axis=1), maps)
+            run.record(metrics, len(tested.labels), predicted, maps)
 
     # The same weights in float32 layers, for any machine
     trained = alexnet(len(names))

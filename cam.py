@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 from keras import layers, ops
 from skimage import measure
+from tqdm import tqdm
 
 # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
 JIT_COMPILE = False if keras.backend.backend() == "tensorflow" else "auto"
@@ -95,12 +96,14 @@ def predict_class_maps(cam_model, images, classes, batch_size=50):
         cam_model: Model made by `class_activation_model`.
         images: (N, h, w, channels), as the model takes them.
         classes: One class per image, (N,), 0..C-1.
+        batch_size: Images per forward pass.
 
     Returns:
         S_c (N, C) and M_c of the given classes (N, H, W), float32.
     """
     classes, logits, maps = np.asarray(classes), [], []
-    for start in range(0, len(images), batch_size):
+    hidden = len(images) < 8 * batch_size or None  # of the progress bar; None: shown on a terminal only
+    for start in tqdm(range(0, len(images), batch_size), "predicting", leave=False, disable=hidden):
         batch = slice(start, start + batch_size)
         batch_logits, batch_maps = cam_model.predict_on_batch(images[batch])
         logits.append(batch_logits)

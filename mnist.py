@@ -55,7 +55,7 @@ RECIPES = {
         "precision": "float32",
     },
 }
-TEST_IMAGES = 300  # evaluated during training; the final evaluation takes all
+TEST_IMAGES = 150  # evaluated during training; the final evaluation takes all
 
 
 def main(settings):
@@ -103,13 +103,15 @@ def main(settings):
             run.add_loss(*model.train_on_batch(train.images[batch], one_hot[batch]))
 
         if run.is_due(step):
-            tested = test if step == settings.steps else test.first(TEST_IMAGES)
-            metrics = evaluate(cam_model, *tested)
-            # Images -> class activation maps of the true classes (S, 25, 25) -> heatmaps (S, 100, 100), 0..1 -> PNG
-            logits, maps = cam.predict_class_maps(cam_model, samples.images, samples.labels)
+            tested = test if step == settings.steps else test.first(max(TEST_IMAGES, settings.samples))
+            # Images -> logits (N, C) and class activation maps of the true classes (N, 25, 25)
+            logits, maps = cam.predict_class_maps(cam_model, tested.images, tested.labels)
+            metrics = evaluate(logits, maps, tested)
+            # Maps of the samples (S, 25, 25) -> heatmaps (S, 100, 100), 0..1 -> PNG
+            predicted, maps = logits[: settings.samples].argmax(axis=1), maps[: settings.samples]
             heatmaps = cam.normalize(cam.upsample(maps, height, width))
             save_heatmaps(settings.out, step, samples.images, heatmaps)  # img_0/cmap_100.png ...
-            run.record(metrics, len(tested.labels), logits.argmax(axis=1), maps)
+            run.record(metrics, len(tested.labels), predicted, maps)
 
     # The same weights in float32 layers, for any machine
     trained = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
@@ -125,8 +127,8 @@ def evaluate_model(settings):
     model = load_network(settings.evaluate)
     if model.input_shape[-1] != 1 or model.output_shape != (None, CLASSES):
         raise UserError(f"{settings.evaluate} is not a model of grey images and {CLASSES} classes")
-    cam_model = to_cam_model(model)
-    print(format_metrics(evaluate(cam_model, *test, all_metrics=True), len(test.labels)))
+    logits, maps = cam.predict_class_maps(to_cam_model(model), test.images, test.labels)
+    print(format_metrics(evaluate(logits, maps, test, all_metrics=True), len(test.labels)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Boxes are x0, y0, x1, y1, half-open, in pixels of the image.
 import numpy as np
 from tqdm import tqdm
 
-from cam import bounding_box, largest_component_box, normalize, predict_class_maps, upsample
+from cam import bounding_box, largest_component_box, normalize, upsample
 from experiment.files import UserError
 
 METRIC_TITLES = {
@@ -34,17 +34,17 @@ SHOWN_METRICS = ("accuracy", "gt_known")  # in progress, curve and page
 IOU_THRESHOLD = 0.5  # a box is correct at this IoU or more
 BOX_THRESHOLDS = np.arange(100) / 100  # of MaxBoxAcc
 PIXEL_BINS = 1000  # of PxAP
-BATCH_SIZE = 50
+CHUNK = 50  # maps upsampled at a time
 
 
-def evaluate(cam_model, images, labels, boxes=None, all_metrics=False):
+def evaluate(logits, maps, tested, all_metrics=False):
     """Accuracy of a classifier, and localization by its maps of the true classes.
 
     Args:
-        cam_model: Model made by `class_activation_model`.
-        images: (N, H, W, channels), as the model takes them.
-        labels: True classes, (N,).
-        boxes: Ground truth, (N, 4); None if unknown: then only the accuracy is measured.
+        logits: S_c of the tested images, (N, C).
+        maps: M_c of the true classes, (N, h, w), as `cam.predict_class_maps` returns them.
+        tested: The `Split` of images (N, H, W, channels), labels (N,) and boxes (N, 4). Without boxes only the accuracy
+            is measured.
         all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.
 
     Returns:
@@ -53,19 +53,16 @@ def evaluate(cam_model, images, labels, boxes=None, all_metrics=False):
     Raises:
         UserError: A logit is infinite or NaN.
     """
-    correct, measured = [], []
-    hidden = len(images) < 8 * BATCH_SIZE or None  # None: shown on a terminal only
-    for start in tqdm(range(0, len(images), BATCH_SIZE), "evaluating", leave=False, disable=hidden):
-        batch = slice(start, start + BATCH_SIZE)
-        logits, maps = predict_class_maps(cam_model, images[batch], labels[batch], BATCH_SIZE)
-        if not np.isfinite(logits).all():
-            raise UserError("the logits are infinite or NaN; train again, with --fresh and a smaller --learning-rate")
-        correct.append(logits.argmax(axis=1) == labels[batch])
-        if boxes is not None:
-            measured.append(measure(upsample(maps, *images.shape[1:3]), boxes[batch], all_metrics))
-    correct = np.concatenate(correct)
+    if not np.isfinite(logits).all():
+        raise UserError("the logits are infinite or NaN; train again, with --fresh and a smaller --learning-rate")
+    correct = logits.argmax(axis=1) == tested.labels
     metrics = {"accuracy": correct.mean()}
-    if boxes is not None:
+    if tested.boxes is not None:
+        size, measured = tested.images.shape[1:3], []
+        hidden = None if all_metrics else True  # None: shown on a terminal only
+        for start in tqdm(range(0, len(maps), CHUNK), "measuring", leave=False, disable=hidden):
+            chunk = slice(start, start + CHUNK)
+            measured.append(measure(upsample(maps[chunk], *size), tested.boxes[chunk], all_metrics))
         metrics |= summarize({name: np.concatenate([m[name] for m in measured]) for name in measured[0]}, correct)
     return {name: float(value) for name, value in metrics.items()}
 

@@ -46,7 +46,7 @@ def test_pictures_are_saved_as_they_are(tmp_path):
 
 
 def test_class_maps_are_on_one_scale_about_zero_and_boxes_in_their_place(tmp_path):
-    """Constant maps of -2, 0 and 4: their colours are at 1/4, 1/2 and 1, and a box is around the lower right quarter."""
+    """Constant maps of -2, 0 and 4, whose colours are at 1/4, 1/2 and 1; a box around the lower right quarter."""
     image, maps = np.zeros((50, 100, 3), np.uint8), np.broadcast_to([-2.0, 0.0, 4.0], (5, 10, 3))
     titles = [(name, "black") for name in ("image", "low", "none", "high")]
     figures.save_class_maps(tmp_path / "maps.png", image, maps, titles, [None, None, (50, 25, 100, 50)])

@@ -1,14 +1,13 @@
 """metrics.py against naive computations, and against cases whose value is known."""
 
-import keras
 import numpy as np
 import pytest
 from skimage import measure
 
-from cam import bounding_box, class_activation_model, largest_component_box, normalize, upsample
+from cam import bounding_box, largest_component_box, normalize, upsample
+from data.dataset import Split
 from experiment import metrics
 from experiment.files import UserError
-from lenet import lenet
 
 
 def box_of_largest(mask):
@@ -117,28 +116,23 @@ def test_perfect_maps_measure_one():
     assert set(metrics.summarize(found, np.ones(3, bool)).values()) == {1.0}
 
 
-def test_evaluate_is_the_same_whatever_the_batches(monkeypatch):
-    keras.utils.set_random_seed(0)
+def test_evaluate_is_the_same_whatever_the_chunks(monkeypatch):
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (7, 24, 20, 1), dtype=np.uint8)
-    labels, boxes = rng.integers(0, 10, 7), np.tile([2, 3, 9, 11], (7, 1))
-    model = class_activation_model(lenet())
-    whole = metrics.evaluate(model, images, labels, boxes, all_metrics=True)
-    monkeypatch.setattr(metrics, "BATCH_SIZE", 3)
-    parts = metrics.evaluate(model, images, labels, boxes, all_metrics=True)
-    assert whole == pytest.approx(parts, rel=1e-4)
-    # The maps that count are those of the true classes.
-    scores, maps = model.predict(images, verbose=0)
-    right = scores.argmax(axis=1) == labels
+    maps, logits = rng.normal(size=(7, 6, 5)).astype(np.float32), rng.normal(size=(7, 10))
+    images, labels, boxes = np.zeros((7, 24, 20, 1), np.uint8), rng.integers(0, 10, 7), np.tile([2, 3, 9, 11], (7, 1))
+    labels[:3] = logits[:3].argmax(axis=1)
+    tested = Split(images, labels, boxes)
+    whole = metrics.evaluate(logits, maps, tested, all_metrics=True)
+    monkeypatch.setattr(metrics, "CHUNK", 3)
+    assert metrics.evaluate(logits, maps, tested, all_metrics=True) == pytest.approx(whole, rel=1e-6)
+    right = logits.argmax(axis=1) == labels
     assert whole["accuracy"] == right.mean()
-    maps = maps[np.arange(7), :, :, labels]
     found_metrics = metrics.summarize(metrics.measure(upsample(maps, 24, 20), boxes), right)
-    assert {name: whole[name] for name in found_metrics} == pytest.approx(found_metrics, rel=1e-4)
-    assert list(metrics.evaluate(model, images, labels)) == ["accuracy"]
+    assert {name: whole[name] for name in found_metrics} == pytest.approx(found_metrics, rel=1e-6)
+    assert list(metrics.evaluate(logits, maps, tested._replace(boxes=None))) == ["accuracy"]
 
 
-def test_a_diverged_model_is_refused():
-    model = lenet()
-    model.get_layer("softmax_weights").kernel.assign(np.full((64, 10), np.nan))
+def test_logits_of_a_diverged_model_are_refused():
+    tested = Split(np.zeros((2, 8, 8, 1), np.uint8), np.array([1, 2]), None)
     with pytest.raises(UserError, match="NaN"):
-        metrics.evaluate(class_activation_model(model), np.full((2, 8, 8, 1), 9, np.uint8), np.array([1, 2]))
+        metrics.evaluate(np.array([[1.0] * 10, [np.nan] * 10]), np.ones((2, 2, 2)), tested)
