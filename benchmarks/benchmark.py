@@ -17,9 +17,9 @@ pytorch-grad-cam is no peer here: it asks for torchvision.
 
 What a row stands on: the images to 97% are constants, STEPS_TO_97 and EPOCHS_TO_97 below. Training is that of mnist.py,
 with its batches of 16 images, or with those that the peers train on, of 256. Grad-CAM and CAM of the peers give the map
-of one class, at the size of the feature maps, as here. The share of training steps is that of a run
-of SHORT_RUN steps, in which steps and heatmaps are then counted as often as the default run has them. The memory of the
-original is that of 1,000 images, scaled. Files that were just written are in the operating system's cache.
+of one class, at the size of the feature maps, as here. The shares are those of a run of SHORT_RUN steps, in which steps
+and evaluations are then counted as often as the default run has them. The memory of the original is that of 1,000
+images, scaled. Files that were just written are in the operating system's cache.
 """
 
 import argparse
@@ -357,11 +357,11 @@ def whole_run(data, rounds):
     number = sum(len(part.labels) for part in load_dataset(data))
     size = load_dataset(data)[0].images[0].size
     measures = race("run", 1, data, {HERE: (run_here,), "RGB": (load_rgb,)})
-    share, whole, peak = measures[HERE][0]
+    steps, records, whole, peak = measures[HERE][0]
     rgb = measures["RGB"] * number
-    title = f"share of {duration(whole)} of `python mnist.py`, tarball extracted, in training steps"
+    title = f"shares of {duration(whole)} of `python mnist.py`, tarball extracted"
     return [
-        [title, f"{share:.0%}", "-", "-", "-"],
+        [title, f"{steps:.0%} training steps, {records:.0%} evaluation and heatmaps", "-", "-", "-"],
         [
             f"peak memory, {number:,} images",
             f"{peak / 1e9:.2g} GB, the program included",
@@ -373,7 +373,7 @@ def whole_run(data, rounds):
 
 
 def run_here(data, folder):
-    """Measures the share of training steps in the default run's time, that time, and its peak of memory in bytes."""
+    """Measures, of the default run: the shares of steps and of evaluations with heatmaps, its time, its peak memory."""
 
     def measure():
         start = time.perf_counter()  # before Keras is imported
@@ -408,7 +408,7 @@ def run_here(data, folder):
         in_steps = steps[0] + np.mean(steps[1:]) * (full - 1)  # the first builds the graph
         in_records = records[0] + np.mean(records[1:-1]) * (full // settings.every - 1) + records[-1]
         whole = in_steps + in_records + rest
-        return in_steps / whole, whole, peak_memory()
+        return in_steps / whole, in_records / whole, whole, peak_memory()
 
     return measure
 
