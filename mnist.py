@@ -55,7 +55,7 @@ RECIPES = {
         "precision": "float32",
     },
 }
-TEST_IMAGES = 150  # evaluated during training; the final evaluation takes all
+TEST_IMAGES = 100  # evaluated during training; the final evaluation takes all
 
 
 def main(settings):
