@@ -20,7 +20,7 @@ from alexnet import CONVOLUTIONS, SHORT_SIDE, SIDE, alexnet, set_convolutions
 from data.photos import decode, load_photos
 from experiment.figures import save_figures, save_heatmaps, save_images
 from experiment.files import UserError
-from experiment.metrics import evaluate
+from experiment.metrics import evaluate, predict_class_maps
 from experiment.networks import load_torchvision_convolutions
 from experiment.run import RunFolder, run_main, set_seed
 from experiment.schedule import batch_indices, warmup_cosine
@@ -94,7 +94,7 @@ def main(settings):
         if run.is_due(step):
             tested = test if step == settings.steps else test.first(max(TEST_PHOTOS, settings.samples))
             # Photos -> logits (N, C) and class activation maps of the true classes (N, 13, 13)
-            logits, maps = cam.predict_class_maps(cam_model, tested.images, tested.labels)
+            logits, maps = predict_class_maps(cam_model, tested.images, tested.labels)
             metrics = evaluate(logits, maps, tested)
             # Maps of the samples (S, 13, 13) -> heatmaps (S, 224, 224), 0..1 -> PNG
             predicted, maps = logits[: settings.samples].argmax(axis=1), maps[: settings.samples]

@@ -9,22 +9,20 @@
 so S_c is the mean of M_c over the locations. Arrays are (N, H, W, ...): images, rows, columns.
 """
 
-import sys
-
-if __name__ == "__main__":
-    print("cam.py is a library now; run python show.py IMAGE ...", file=sys.stderr)
-    sys.exit(2)
+import itertools
+import math
+from functools import partial
 
 import keras
 import matplotlib
 import numpy as np
 from keras import layers, ops
 from skimage import measure
-from tqdm import tqdm
 
 # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
 JIT_COMPILE = False if keras.backend.backend() == "tensorflow" else "auto"
-POOLINGS = {"GlobalAveragePooling2D": ops.mean, "GlobalMaxPooling2D": ops.max}
+POOLINGS = {"average": partial(ops.mean, axis=(1, 2)), "max": partial(ops.max, axis=(1, 2))}
+ACTIVATIONS = {"linear": ops.copy, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax}
 
 
 def class_activation_map(feature_maps, softmax_weights):
@@ -40,75 +38,136 @@ def class_activation_map(feature_maps, softmax_weights):
     return ops.matmul(feature_maps, softmax_weights)  # (N, H, W, K) @ (K, C) -> (N, H, W, C)
 
 
-def class_activation_model(model):
+def class_activation_model(model, output=None):
     """Turns a classifier into a model that gives logits and class activation maps in one forward pass.
 
+    The logits must be affine in the pooled feature maps: S_c = sum_k w_k^c F_k + b_c. The layers after the pooling, the
+    head, are asked for w_k^c and b_c, so it does not matter which layers they are.
+
     Args:
-        model: Keras model of the form convolutions -> GlobalAveragePooling2D -> (Dropout) -> Dense, the Dense layer
-            with or without bias and softmax. Its layers are used, not copied: the maps follow its training.
-            GlobalMaxPooling2D instead is the comparison in section 3.2.
+        model: Keras model, functional or Sequential, with mean pooling, or max pooling for the comparison in section
+            3.2. Other models may be nested in it. Its layers are used, not copied: the maps follow its training.
+        output: Name of the output, if the model has several.
 
     Returns:
-        Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], both float32. If the
-        Dense layer has a bias b_c, S_c is the mean of M_c plus b_c. With max pooling there is no such identity.
+        Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], both float32. S_c, to
+        which the last activation is not applied, is the mean of M_c plus b_c; with max pooling it is not.
 
     Raises:
-        ValueError: The model has another form.
+        ValueError: The model has no exact class activation map, or several outputs of which none is chosen.
     """
-    outputs = getattr(model, "outputs", None) or []
-    tail, tensors = [], outputs  # the last layers, last first: Dense and Dropout, and the one before them
-    while len(tensors) == 1 and (not tail or isinstance(tail[-1], (layers.Dense, layers.Dropout))):
-        tail.append(tensors[0]._keras_history.operation)
-        tensors = keras.tree.flatten(tail[-1].input)
-    form = [type(layer).__name__ for layer in reversed(tail) if not isinstance(layer, layers.Dropout)]
-    if form not in [[pooling, "Dense"] for pooling in POOLINGS] or tail[-1].data_format != "channels_last":
-        found = " -> ".join(form) or (f"{len(outputs)} outputs" if outputs else "no layer that is built")
-        raise ValueError(
-            f"model {model.name!r} has no exact class activation map: it ends in {found}; "
-            "it must be convolutions -> GlobalAveragePooling2D (channels last) -> (Dropout) -> Dense"
-        )
-    dense, feature_maps = next(layer for layer in tail if isinstance(layer, layers.Dense)), tail[-1].input
-    logits_and_maps = LogitsAndMaps(dense, POOLINGS[form[0]], name="logits_and_maps")(feature_maps)
-    cam_model = keras.Model(model.input, logits_and_maps, name=f"{model.name}_cam")
-    cam_model.compile(jit_compile=JIT_COMPILE)
-    return cam_model
+    try:
+        if not getattr(model, "outputs", None):
+            raise ValueError("its layers are not known; it must be functional or Sequential, and built")
+        outputs = dict(zip(getattr(model, "output_names", ["output"]), model.outputs, strict=True))
+        if output not in outputs and (output or len(outputs) > 1):
+            raise ValueError(f"choose one of its outputs: {', '.join(outputs)}")
+        feature_maps, operations = find_pooling(outputs.get(output, model.outputs[0]))
+        if feature_maps is None or not operations:
+            raise ValueError("it has no feature maps (N, H, W, K) that are pooled")
+        logits_and_maps = LogitsAndMaps(operations, name="logits_and_maps")
+        logits_and_maps.check()
+    except ValueError as error:
+        raise ValueError(f"model {model.name!r} has no exact class activation map: {error}") from None
+    images = model.inputs if isinstance(model, keras.Sequential) else model.input
+    return keras.Model(images, logits_and_maps(feature_maps), name=f"{model.name}_cam")
 
 
+def find_pooling(tensor):
+    """Goes back from `tensor` to the last feature maps; returns them, and a model of each operation in between."""
+    operations = []
+    while not (len(tensor.shape) == 4 and tensor.shape[1:3] != (1, 1)):
+        operation, node, index = tensor._keras_history
+        inputs = operation._inbound_nodes[node].input_tensors
+        if not inputs:
+            return None, operations
+        nested = getattr(operation, "outputs", None)  # those of a model in the model
+        if nested:
+            feature_maps, inner = find_pooling(nested[index])
+            if feature_maps is not None:
+                return keras.Model(operation.inputs, feature_maps)(inputs), inner + operations
+        if len(inputs) > 1:
+            raise ValueError(f"layer {operation.name!r}, after the pooling, has {len(inputs)} inputs")
+        operations = (inner if nested else [keras.Model(inputs[0], tensor, name=operation.name)]) + operations
+        tensor = inputs[0]
+    return tensor, operations
+
+
+def recognize(function, shape, candidates):
+    """The name of the candidate that computes what `function` does, tried on an array of a shape; or None."""
+    x = np.random.default_rng(0).normal(1, 2, [8, *(size or 5 for size in shape[1:])]).astype(np.float32)
+    found = ops.convert_to_numpy(function(x)).ravel()
+    results = ((name, ops.convert_to_numpy(candidate(x)).ravel()) for name, candidate in candidates.items())
+    return next((name for name, y in results if y.shape == found.shape and np.allclose(y, found, atol=0.05)), None)
+
+
+@keras.saving.register_keras_serializable("cam")
 class LogitsAndMaps(layers.Layer):
-    """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C)."""
+    """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
 
-    def __init__(self, dense, pool, **kwargs):
-        super().__init__(dtype="float32", **kwargs)
-        self.dense, self.pool = dense, pool
+    `operations` are models of one operation each, from the pooling of a classifier to its output. `activation` names
+    the last activation, one of ACTIVATIONS, which is not applied.
+    """
+
+    def __init__(self, operations, dtype="float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
+        self.supports_jit = bool(JIT_COMPILE)
+        pooling, *self.head = self.operations = operations
+        if not recognize(pooling, pooling.input_shape, POOLINGS):
+            raise ValueError(f"layer {pooling.name!r} is neither mean nor maximum of feature maps (N, H, W, K)")
+        self.activation, self.fused = "linear", None
+        while self.head and self.activation == "linear":  # from the last operation back
+            last, layer = self.head[-1], self.head[-1].operations[-1]
+            if last.weights:  # the activation may be a part of it
+                name = recognize(getattr(layer, "activation", ops.copy), last.output_shape, ACTIVATIONS)
+                self.fused = layer if name not in (None, "linear") else None
+            else:
+                name = recognize(last, last.input_shape, ACTIVATIONS)
+            self.activation = name or "linear"
+            if last.weights or not name:
+                break
+            self.head.pop()
 
     def call(self, feature_maps):
-        pooled = self.pool(feature_maps, axis=(1, 2))  # F_k: (N, K)
-        logits = ops.matmul(pooled, self.dense.kernel)  # S_c, equation (1): (N, C)
-        if self.dense.use_bias:
-            logits = logits + self.dense.bias
-        return logits, class_activation_map(feature_maps, self.dense.kernel)
+        pooled = self.operations[0](feature_maps)  # F_k: (N, K)
+        logits = self.run(self.head, pooled)  # S_c, equation (1): (N, C)
+        softmax_weights, _ = self.softmax_weights_and_biases()
+        return logits, class_activation_map(feature_maps, softmax_weights)
 
+    def softmax_weights_and_biases(self):
+        """w_k^c (K, C) and b_c (C,): S_c is b_c if all F_k are zero, and w_k^c + b_c if only F_k is one."""
+        shape = self.operations[0].output_shape[1:]  # (K,) or (1, 1, K)
+        pooled = ops.eye(shape[-1] + 1, shape[-1])  # the unit vectors, and zero
+        logits = self.run(self.head, ops.reshape(pooled, (-1, *shape)))
+        return logits[:-1] - logits[-1], logits[-1]
 
-def predict_class_maps(cam_model, images, classes, batch_size=50):
-    """Logits of images, and the class activation map of one class for each of them.
+    def run(self, operations, x):
+        """Applies operations of the head to x, without the last activation; returns (N, C)."""
+        activation = getattr(self.fused, "activation", None)
+        try:
+            if self.fused:
+                self.fused.activation = keras.activations.linear
+            for operation in operations:
+                x = operation(x, training=False)
+        finally:
+            if self.fused:
+                self.fused.activation = activation
+        return ops.cast(ops.reshape(x, (-1, math.prod(x.shape[1:]))), "float32")
 
-    Args:
-        cam_model: Model made by `class_activation_model`.
-        images: (N, h, w, channels), as the model takes them.
-        classes: One class per image, (N,), 0..C-1.
-        batch_size: Images per forward pass.
+    def check(self):
+        """Raises a ValueError if an operation of the head is not affine: f(x) + f(y) = f(x + y) + f(0)."""
+        for operation, scale in itertools.product(self.head, (0.1, 1, 10, 100)):
+            x, y = scale * np.random.default_rng(0).normal(size=(2, 8, *operation.input_shape[1:])).astype(np.float32)
+            fx, fy, fxy, f0 = (ops.convert_to_numpy(self.run([operation], z)) for z in (x, y, x + y, 0 * x))
+            if not np.abs(fx + fy - fxy - f0).max() <= 0.03 * np.abs(fxy).max():  # a quantized layer: 0.003
+                raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
 
-    Returns:
-        S_c (N, C) and M_c of the given classes (N, H, W), float32.
-    """
-    classes, logits, maps = np.asarray(classes), [], []
-    hidden = len(images) < 8 * batch_size or None  # of the progress bar; None: shown on a terminal only
-    for start in tqdm(range(0, len(images), batch_size), "predicting", leave=False, disable=hidden):
-        batch = slice(start, start + batch_size)
-        batch_logits, batch_maps = cam_model.predict_on_batch(images[batch])
-        logits.append(batch_logits)
-        maps.append(batch_maps[np.arange(len(batch_maps)), :, :, classes[batch]])
-    return np.concatenate(logits), np.concatenate(maps)
+    def get_config(self):
+        return super().get_config() | {"operations": keras.saving.serialize_keras_object(self.operations)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(keras.saving.deserialize_keras_object(config.pop("operations")), **config)
 
 
 def zero_mean_over_classes(softmax_weights):
@@ -192,9 +251,8 @@ def largest_component_box(mask):
     Locations that touch at a corner are connected. Of components of equal size the first in reading order counts.
     """
     labels = measure.label(mask, connectivity=2)  # (H, W): 0 outside, 1, 2 ... by reading order
-    sizes = np.bincount(labels.ravel())[1:]
-    if not len(sizes):
+    if not labels.any():
         return None
-    component = labels == 1 + sizes.argmax()
+    component = labels == np.bincount(labels[labels > 0]).argmax()
     columns, rows = np.flatnonzero(component.any(axis=0)), np.flatnonzero(component.any(axis=1))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -15,7 +15,7 @@ import cam
 from data.dataset import BOXES, CLASSES, load_dataset
 from experiment.figures import save_figures, save_heatmaps, save_images
 from experiment.files import UserError
-from experiment.metrics import evaluate, format_metrics
+from experiment.metrics import evaluate, format_metrics, predict_class_maps
 from experiment.networks import load_network, to_cam_model
 from experiment.run import RunFolder, run_main, set_seed
 from experiment.schedule import batch_indices, warmup_cosine
@@ -105,7 +105,7 @@ def main(settings):
         if run.is_due(step):
             tested = test if step == settings.steps else test.first(max(TEST_IMAGES, settings.samples))
             # Images -> logits (N, C) and class activation maps of the true classes (N, 25, 25)
-            logits, maps = cam.predict_class_maps(cam_model, tested.images, tested.labels)
+            logits, maps = predict_class_maps(cam_model, tested.images, tested.labels)
             metrics = evaluate(logits, maps, tested)
             # Maps of the samples (S, 25, 25) -> heatmaps (S, 100, 100), 0..1 -> PNG
             predicted, maps = logits[: settings.samples].argmax(axis=1), maps[: settings.samples]
@@ -127,7 +127,7 @@ def evaluate_model(settings):
     model = load_network(settings.evaluate)
     if model.input_shape[-1] != 1 or model.output_shape != (None, CLASSES):
         raise UserError(f"{settings.evaluate} is not a model of grey images and {CLASSES} classes")
-    logits, maps = cam.predict_class_maps(to_cam_model(model), test.images, test.labels)
+    logits, maps = predict_class_maps(to_cam_model(model), test.images, test.labels)
     print(format_metrics(evaluate(logits, maps, test, all_metrics=True), len(test.labels)))
 
 

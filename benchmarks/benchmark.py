@@ -526,7 +526,8 @@ def heatmap_pngs(data, rounds):
 
 def true_class_maps(data, number):
     """Test images (number, H, W, 1) and the maps (number, h, w) of their true classes."""
-    from cam import class_activation_model, predict_class_maps
+    from cam import class_activation_model
+    from experiment.metrics import predict_class_maps
 
     model, images, labels, *_ = network(data, number, steps=100)
     return images, predict_class_maps(class_activation_model(model), images, labels)[1]

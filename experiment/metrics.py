@@ -37,12 +37,34 @@ PIXEL_BINS = 1000  # of PxAP
 CHUNK = 50  # maps upsampled at a time
 
 
+def predict_class_maps(cam_model, images, classes, batch_size=50):
+    """Logits of images, and the class activation map of one class for each of them.
+
+    Args:
+        cam_model: Model made by `cam.class_activation_model`.
+        images: (N, h, w, channels), as the model takes them.
+        classes: One class per image, (N,), 0..C-1.
+        batch_size: Images per forward pass.
+
+    Returns:
+        S_c (N, C) and M_c of the given classes (N, H, W), float32.
+    """
+    classes, logits, maps = np.asarray(classes), [], []
+    hidden = len(images) < 8 * batch_size or None  # of the progress bar; None: shown on a terminal only
+    for start in tqdm(range(0, len(images), batch_size), "predicting", leave=False, disable=hidden):
+        batch = slice(start, start + batch_size)
+        batch_logits, batch_maps = cam_model.predict_on_batch(images[batch])
+        logits.append(batch_logits)
+        maps.append(batch_maps[np.arange(len(batch_maps)), :, :, classes[batch]])
+    return np.concatenate(logits), np.concatenate(maps)
+
+
 def evaluate(logits, maps, tested, all_metrics=False):
     """Accuracy of a classifier, and localization by its maps of the true classes.
 
     Args:
         logits: S_c of the tested images, (N, C).
-        maps: M_c of the true classes, (N, h, w), as `cam.predict_class_maps` returns them.
+        maps: M_c of the true classes, (N, h, w), as `predict_class_maps` returns them.
         tested: The `Split` of images (N, H, W, channels), labels (N,) and boxes (N, 4). Without boxes only the accuracy
             is measured.
         all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.

@@ -127,10 +127,6 @@ def test_a_run_of_another_version_is_refused(small_data, tmp_path):
     assert_one_line_error(process, f"{tmp_path} holds a run of another script or version", "--fresh")
 
 
-def test_the_command_line_of_cam_py_has_moved():
-    assert_one_line_error(run("cam.py", "digit.png"), "run python show.py IMAGE")
-
-
 def test_what_a_notebook_or_service_has_in_its_environment(small_data, tmp_path):
     arguments = ["mnist.py", "--data", small_data, "--steps", 1, *SMALL, "--out"]
     process = run(*arguments, tmp_path / "a", MPLBACKEND="module://matplotlib_inline.backend_inline")

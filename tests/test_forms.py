@@ -1,0 +1,367 @@
+"""class_activation_model with the forms of networks that have an exact class activation map, and some that have not."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import cam
+
+SIZE, UNITS, CLASSES = 16, 6, 4
+BUILDERS, REFUSED = {}, {}
+
+
+def form(build):
+    BUILDERS[build.__name__] = build
+    return build
+
+
+def refused(*parts):
+    def add(build):
+        REFUSED[build.__name__] = build, parts
+        return build
+
+    return add
+
+
+def convolutions(channels=UNITS, size=SIZE, name=None):
+    """Input and feature maps, some of them negative."""
+    images = keras.Input((size, size, 3), name=name)
+    return images, layers.Conv2D(channels, 3, strides=2, activation="elu", bias_initializer="random_normal")(images)
+
+
+def classifier(end, **arguments):
+    images, feature_maps = convolutions(**arguments)
+    return keras.Model(images, end(feature_maps))
+
+
+def dense(activation=None, classes=CLASSES, **arguments):
+    return layers.Dense(classes, activation=activation, bias_initializer="random_normal", **arguments)
+
+
+def gap(**arguments):
+    return layers.GlobalAveragePooling2D(**arguments)
+
+
+@form
+def functional():
+    return classifier(lambda f: dense("softmax")(gap()(f)))
+
+
+@form
+def images_of_any_size():
+    return classifier(lambda f: dense()(gap()(f)), size=None)
+
+
+@form
+def sequential():
+    return keras.Sequential(
+        [keras.Input((SIZE, SIZE, 3)), layers.Conv2D(UNITS, 3), gap(), layers.Dropout(0.5), dense("softmax")]
+    )
+
+
+@form
+def sequential_with_a_nested_head():
+    head = keras.Sequential([layers.Dropout(0.5), dense("softmax")])
+    return keras.Sequential([keras.Input((SIZE, SIZE, 3)), layers.Conv2D(UNITS, 3), gap(), head])
+
+
+@form
+def nested_backbone_that_pools():
+    images, backbone = keras.Input((SIZE, SIZE, 3)), classifier(gap())
+    return keras.Model(images, dense("softmax")(backbone(images)))
+
+
+@form
+def nested_backbone_pooled_outside():
+    images, backbone = keras.Input((SIZE, SIZE, 3)), classifier(lambda f: f)
+    return keras.Model(images, dense("softmax")(gap()(backbone(images))))
+
+
+@form
+def nested_in_sequential():
+    return keras.Sequential([keras.Input((SIZE, SIZE, 3)), classifier(lambda f: f), gap(), dense("softmax")])
+
+
+@form
+def wrapped_by_augmentation_and_resizing():
+    images = keras.Input((None, None, 3))
+    x = layers.RandomFlip()(layers.Rescaling(1 / 2)(layers.Resizing(SIZE, SIZE)(images)))
+    return keras.Model(images, functional()(x))
+
+
+@form
+def wrapped_twice_with_layers_of_the_same_name():
+    inner = classifier(lambda f: dense("softmax", name="same")(gap(name="pool")(f)))
+    images = keras.Input((SIZE, SIZE, 3))
+    middle = keras.Model(images, inner(layers.Conv2D(3, 1, name="same")(images)), name="same")
+    images = keras.Input((SIZE, SIZE, 3), name="pool")
+    return keras.Model(images, middle(layers.Conv2D(3, 1, name="same_1")(images)))
+
+
+@form
+def softmax_as_an_activation_layer():
+    return classifier(lambda f: layers.Activation("softmax")(dense()(gap()(f))))
+
+
+@form
+def softmax_as_a_softmax_layer():
+    return classifier(lambda f: layers.Softmax()(dense()(gap()(f))))
+
+
+@form
+def softmax_as_an_operation():
+    return classifier(lambda f: ops.softmax(dense()(gap()(f))))
+
+
+@form
+def log_softmax():
+    return classifier(lambda f: ops.log_softmax(dense()(gap()(f))))
+
+
+@form
+def linear_activation_layer():
+    return classifier(lambda f: layers.Activation("linear")(dense("linear")(gap()(f))))
+
+
+@form
+def identity():
+    return classifier(lambda f: layers.Identity()(dense()(gap()(f))))
+
+
+@form
+def one_by_one_convolution_before_the_pooling():
+    """Network in network."""
+    return classifier(lambda f: layers.Softmax()(gap()(layers.Conv2D(CLASSES, 1)(f))))
+
+
+@form
+def squeezenet():
+    return classifier(lambda f: layers.Softmax()(gap()(layers.Conv2D(CLASSES, 1, activation="relu")(f))))
+
+
+@form
+def mobilenet():
+    def end(f):
+        x = layers.Dropout(0.1)(gap(keepdims=True)(f))
+        x = layers.Reshape((CLASSES,))(layers.Conv2D(CLASSES, 1, bias_initializer="random_normal")(x))
+        return layers.Activation("softmax")(x)
+
+    return classifier(end)
+
+
+@form
+def convolution_with_softmax_and_flatten():
+    return classifier(
+        lambda f: layers.Flatten()(layers.Conv2D(CLASSES, 1, activation="softmax")(gap(keepdims=True)(f)))
+    )
+
+
+@form
+def flatten_dropout_noise_and_batch_normalization():
+    def end(f):
+        x = layers.Flatten()(gap()(f))
+        x = layers.GaussianDropout(0.5)(layers.GaussianNoise(0.5)(layers.AlphaDropout(0.5)(x)))
+        x = layers.BatchNormalization(moving_mean_initializer="random_normal", gamma_initializer="random_normal")(x)
+        return dense("softmax")(layers.Dropout(0.5)(x))
+
+    return classifier(end)
+
+
+@form
+def second_linear_dense_layer():
+    return classifier(lambda f: dense("softmax")(dense(classes=7)(gap()(f))))
+
+
+@form
+def dropout_after_the_dense_layer():
+    return classifier(lambda f: layers.Dropout(0.5)(dense()(gap()(f))))
+
+
+@form
+def scaled_logits():
+    return classifier(lambda f: layers.Softmax()(dense()(gap()(f)) / 2.5 + 1))
+
+
+@form
+def average_pooling_over_the_whole_map():
+    return classifier(lambda f: dense("softmax")(layers.Flatten()(layers.AveragePooling2D(7)(f))))
+
+
+@form
+def mean_as_an_operation():
+    return classifier(lambda f: dense("softmax")(ops.mean(f, axis=(1, 2))))
+
+
+@form
+def mean_as_an_operation_that_keeps_dimensions():
+    return classifier(lambda f: dense("softmax")(layers.Flatten()(ops.mean(f, axis=[-3, -2], keepdims=True))))
+
+
+@form
+def one_sigmoid():
+    return classifier(lambda f: dense("sigmoid", classes=1)(gap()(f)))
+
+
+@form
+def several_sigmoids():
+    return classifier(lambda f: layers.Activation("sigmoid")(dense()(gap()(f))))
+
+
+@form
+def two_inputs():
+    first, f = convolutions(name="first")
+    second, g = convolutions(name="second")
+    return keras.Model({"first": first, "second": second}, dense("softmax")(gap()(layers.Add()([f, g]))))
+
+
+@form
+def no_bias():
+    return classifier(lambda f: dense(use_bias=False)(gap()(f)))
+
+
+def inputs_of(model, count=3):
+    rng = np.random.default_rng(0)
+    arrays = {
+        i.name: rng.normal(size=(count, *(n or SIZE for n in i.shape[1:]))).astype("float32") for i in model.inputs
+    }
+    return arrays if len(arrays) > 1 else next(iter(arrays.values()))
+
+
+FUNCTIONS = {"linear": lambda x: x, "softmax": ops.softmax, "sigmoid": ops.sigmoid, "log_softmax": ops.log_softmax}
+
+
+def assert_exact(cam_model, expected, images, tolerance=1e-5):
+    """Scores or probabilities are the network's own, and S_c - mean M_c is the same for all images: b_c."""
+    scores, maps = cam_model.predict(images, verbose=0)
+    activation = FUNCTIONS[cam_model.get_layer("logits_and_maps").activation]
+    np.testing.assert_allclose(ops.convert_to_numpy(activation(scores)), expected, rtol=tolerance, atol=tolerance)
+    biases = scores - maps.mean(axis=(1, 2))
+    zeros = ops.convert_to_numpy(cam_model.get_layer("logits_and_maps").softmax_weights_and_biases()[1])
+    np.testing.assert_allclose(biases, np.broadcast_to(zeros, biases.shape), atol=tolerance * np.abs(scores).max())
+    assert maps.std() > 0.01
+
+
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+def test_exact(build, tmp_path):
+    """In memory, and saved and loaded: the model, and the model of its maps."""
+    keras.utils.set_random_seed(1)
+    model = build()
+    images = inputs_of(model)
+    expected = model.predict(images, verbose=0)
+    cam_model = cam.class_activation_model(model)
+    assert_exact(cam_model, expected, images)
+    model.save(tmp_path / "model.keras")
+    cam_model.save(tmp_path / "cam.keras")
+    assert_exact(cam.class_activation_model(keras.models.load_model(tmp_path / "model.keras")), expected, images)
+    assert_exact(keras.models.load_model(tmp_path / "cam.keras"), expected, images)
+    clone = keras.models.clone_model(cam_model)
+    clone.set_weights(cam_model.get_weights())
+    assert_exact(clone, expected, images)
+    np.testing.assert_allclose(model.predict(images, verbose=0), expected)  # untouched
+
+
+@pytest.mark.parametrize("build", [functional, sequential, nested_backbone_that_pools, mobilenet])
+def test_the_maps_follow_the_training(build):
+    keras.utils.set_random_seed(1)
+    model = build()
+    images = inputs_of(model, 8)
+    cam_model = cam.class_activation_model(model)
+    before = cam_model.predict(images, verbose=0)[1]
+    model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy", jit_compile=False)
+    model.fit(images, np.arange(8) % CLASSES, epochs=3, verbose=0)
+    assert_exact(cam_model, model.predict(images, verbose=0), images)
+    assert np.abs(cam_model.predict(images, verbose=0)[1] - before).max() > 0.01
+
+
+@pytest.mark.parametrize("mode", ["mixed_bfloat16", "mixed_float16", "int8", "int4"])
+def test_rounded_heads(mode):
+    keras.utils.set_random_seed(1)
+    if mode.startswith("mixed"):
+        keras.config.set_dtype_policy(mode)
+    try:
+        model = classifier(lambda f: layers.Activation("softmax", dtype="float32")(dense()(gap()(f))))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    if mode.startswith("int"):
+        model.quantize(mode)
+    images = inputs_of(model)
+    assert_exact(cam.class_activation_model(model), model.predict(images, verbose=0), images, 0.01)
+
+
+def test_max_pooling():
+    keras.utils.set_random_seed(1)
+    model = classifier(lambda f: dense()(layers.GlobalMaxPooling2D()(f)))
+    images = inputs_of(model)
+    scores, maps = cam.class_activation_model(model).predict(images, verbose=0)
+    np.testing.assert_allclose(scores, model.predict(images, verbose=0), rtol=1e-5, atol=1e-6)
+    feature_maps = keras.Model(model.input, model.layers[1].output).predict(images, verbose=0)
+    np.testing.assert_allclose(maps, feature_maps @ np.asarray(model.layers[-1].kernel), rtol=1e-4, atol=1e-5)
+
+
+def test_one_of_several_outputs():
+    images, f = convolutions()
+    pooled = gap()(f)
+    model = keras.Model(images, {"a": dense(name="a")(pooled), "b": dense("softmax", name="b")(pooled)})
+    with pytest.raises(ValueError, match="a, b"):
+        cam.class_activation_model(model)
+    images = inputs_of(model)
+    assert_exact(cam.class_activation_model(model, "b"), model.predict(images, verbose=0)["b"], images)
+
+
+@refused("hidden", "not affine")
+def hidden_relu():
+    return classifier(lambda f: dense()(layers.Dense(20, activation="relu", name="hidden")(gap()(f))))
+
+
+@refused("norm", "not affine")
+def layer_normalization():
+    return classifier(lambda f: dense()(layers.LayerNormalization(name="norm")(gap()(f))))
+
+
+@refused("last", "not affine")
+def relu_at_the_end():
+    return classifier(lambda f: layers.Dense(4, activation="relu", name="last")(gap()(f)))
+
+
+@refused("both", "2 inputs")
+def concatenated_poolings():
+    return classifier(lambda f: dense()(layers.Concatenate(name="both")([gap()(f), layers.GlobalMaxPooling2D()(f)])))
+
+
+@refused("flat", "is neither mean nor maximum")
+def flatten():
+    return classifier(lambda f: dense()(layers.Flatten(name="flat")(f)))
+
+
+@refused("it has no feature maps")
+def no_pooling():
+    return keras.Sequential([keras.Input((5,)), layers.Dense(3)])
+
+
+@refused("it has no feature maps")
+def segmentation():
+    return classifier(lambda f: layers.Conv2D(3, 1)(f))
+
+
+@refused("must be functional or Sequential")
+def not_built():
+    return keras.Sequential([layers.Dense(3)])
+
+
+@refused("must be functional or Sequential")
+def subclassed():
+    class Net(keras.Model):
+        def call(self, x):
+            return x
+
+    return Net()
+
+
+@pytest.mark.parametrize(("build", "parts"), REFUSED.values(), ids=REFUSED)
+def test_no_exact_map(build, parts):
+    with pytest.raises(ValueError, match="has no exact class activation map: ") as error:
+        cam.class_activation_model(build())
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
