@@ -114,7 +114,7 @@ class LogitsAndMaps(layers.Layer):
         self.supports_jit = bool(JIT_COMPILE)
         pooling, *self.head = self.operations = operations
         if not recognize(pooling, pooling.input_shape, POOLINGS):
-            raise ValueError(f"layer {pooling.name!r} is neither mean nor maximum of feature maps (N, H, W, K)")
+            raise ValueError(f"layer {pooling.name!r} takes neither mean nor maximum of feature maps (N, H, W, K)")
         self.activation, self.fused = "linear", None
         while self.head and self.activation == "linear":  # from the last operation back
             last, layer = self.head[-1], self.head[-1].operations[-1]

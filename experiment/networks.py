@@ -1,6 +1,10 @@
 """Loading and saving of networks: saved Keras models, checkpoints of the original, `keras.applications`."""
 
+import json
+import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import keras
@@ -13,23 +17,48 @@ from lenet import lenet
 
 # Variables of the original's checkpoints, in the order of our LeNet's weights.
 ORIGINAL_VARIABLES = ("conv1/weights", "conv1/biases", "conv2/weights", "conv2/biases", "GAP/W")
+KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
+# What Keras says of a file that it does not load, and what to tell the user.
+REASONS = {
+    r"No model config": "holds weights without their network; load them into it, and save the model as .keras",
+    r"Lambda": "has a Lambda layer, and code in a file is not run; in Python, give the model to show.predict_cams",
+    r"(?:locate (?:class|function)|Unknown (?:layer|object):?) '(.*?)'": (
+        r"needs \1, which is not a part of Keras; in Python, give the model to show.predict_cams"
+    ),
+}
 
 
 def load_network(path):
-    """Loads a saved Keras model (`.keras`, in safe mode: no code in it is run), or a checkpoint of the original.
+    """Loads a saved Keras model (.keras, .h5, .hdf5; no code in it is run), or a checkpoint of the original.
 
     Raises:
         UserError: The file is missing, or neither.
     """
     path = Path(path)
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".keras":
+        if suffix not in KERAS_SUFFIXES:
+            return load_tf1_checkpoint(path)
+        with tempfile.TemporaryDirectory() as folder:
+            if path.suffix != suffix:  # which Keras does not know
+                path = Path(shutil.copy(path, Path(folder) / f"{path.stem}{suffix}"))
             return keras.models.load_model(path, compile=False)
-        return load_tf1_checkpoint(path)
     except Exception as error:  # whatever Keras or TensorFlow raises for a broken or hostile file
-        reason = " ".join(str(error).split())[:200]
-        kind = "is not a saved Keras model" if path.suffix == ".keras" else "is not a checkpoint of the original"
-        raise UserError(f"{path} {kind if path.exists() else 'is missing'} ({reason})") from None
+        raise UserError(f"{path} {reason(path, str(error))}") from None
+
+
+def reason(path, message):
+    """Why a network cannot be loaded from `path`."""
+    if not path.exists():
+        return "is missing; run mnist.py first" if path.name == "lenet.keras" else "is missing"
+    if (path / "saved_model.pb").exists():
+        return "is a TensorFlow SavedModel, which does not have the layers; save the Keras model as .keras"
+    for pattern, text in REASONS.items():
+        found = re.search(pattern, message)
+        if found:
+            return found.expand(text)
+    kind = "a saved Keras model" if path.suffix.lower() in KERAS_SUFFIXES else "a checkpoint of the original"
+    return f"is not {kind} ({' '.join(message.split())[:200]})"
 
 
 def load_tf1_checkpoint(checkpoint):
@@ -44,10 +73,10 @@ def load_tf1_checkpoint(checkpoint):
     return model
 
 
-def to_cam_model(model):
-    """`cam.class_activation_model`, with a UserError for a model that has another form."""
+def to_cam_model(model, output=None):
+    """`cam.class_activation_model`, with a UserError for a model without exact maps."""
     try:
-        return class_activation_model(model)
+        return class_activation_model(model, output)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -70,50 +99,77 @@ def load_torchvision_convolutions(path):
     return weights
 
 
-def save_network(model, class_names, path):
-    """Saves a model, and beside it the names of its classes, a line each."""
+def save_network(model, class_names, images, path):
+    """Saves a model, and beside it the names of its classes, a line each, and how it wants its images."""
     with atomic_write(class_names_file(path)) as part:
         part.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
+    with atomic_write(images_file(path)) as part:
+        part.write_text(json.dumps(images), encoding="utf-8")
     with atomic_write(path) as part:
         model.save(part)
 
 
-def load_class_names(path, count):
-    """Names of the `count` classes of the model saved at `path`; "0", "1" ... if no file beside it has them."""
+def load_class_names(path):
+    """Names of the classes of the model saved at `path`; None if no file beside it has them."""
     file = class_names_file(Path(path))
+    return file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.exists() else None
+
+
+def load_images_settings(path):
+    """How the model saved at `path` wants its images; {} if no file beside it says so.
+
+    digit          true: a digit, light on black, 20 pixels high, see `digits.preprocess_digit`
+    short_side     pixels to which the short side of an image is scaled
+    pixel_range    what black and white are to the model; by default 0 and 255
+    """
+    file = images_file(Path(path))
     if not file.exists():
-        return [str(c) for c in range(count)]
-    class_names = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    if len(class_names) != count:
-        raise UserError(f"{file} has {len(class_names)} lines; the model has {count} classes")
-    return class_names
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+        low, high = map(float, settings.get("pixel_range", (0, 255)))
+        known = settings.keys() <= {"digit", "short_side", "pixel_range"} and low < high
+        if not known or not 1 <= settings.get("short_side", 1) <= 10_000:
+            raise ValueError(settings)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(
+            f'{file} must be like {{"digit": true}} or {{"short_side": 256, "pixel_range": [0, 1]}}'
+        ) from None
+    return settings
 
 
 def class_names_file(path):  # mine.keras -> mine_classes.txt
     return path.with_name(f"{path.stem}_classes.txt")
 
 
+def images_file(path):  # mine.keras -> mine_images.json
+    return path.with_name(f"{path.stem}_images.json")
+
+
 def keras_application(name, weights="imagenet"):
     """A network of `keras.applications`, by its name, such as "ResNet50".
 
     Returns:
-        The model, its preprocessing of images (N, H, W, 3) in 0..255, and a function that gives its class names.
+        The model, its preprocessing of images (N, H, W, 3) in 0..255, and the names of its classes, or None.
 
     Raises:
-        UserError: There is no such network, or its weights, which Keras downloads once, cannot be loaded.
+        UserError: There is no such network, it has no exact class activation map, or its weights, which Keras downloads
+            once, cannot be loaded.
     """
     make = getattr(keras.applications, name, None)
     if not callable(make):
         names = ", ".join(sorted(n for n in dir(keras.applications) if callable(getattr(keras.applications, n))))
         raise UserError(f"{name} is neither a file nor a network of keras.applications ({names})")
     module = sys.modules[make.__module__]
+    to_cam_model(make(weights=None))  # before hundreds of megabytes are downloaded in vain
     try:
         model = make(weights=weights)
     except Exception as error:  # of the download: Keras raises a bare Exception
         raise UserError(f"the weights of {name} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-
-    def class_names():
+    try:
         codes = np.eye(model.output_shape[-1], dtype=np.float32)
-        return [decoded[0][1].replace("_", " ") for decoded in module.decode_predictions(codes, top=1)]
-
+        class_names = [decoded[0][1].replace("_", " ") for decoded in module.decode_predictions(codes, top=1)]
+    except Exception as error:  # of the download
+        print(f"no class names, only numbers: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        class_names = None
     return model, module.preprocess_input, class_names

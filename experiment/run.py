@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from experiment.files import PART, UserError, acquire_lock, atomic_write
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, format_metrics
-from experiment.networks import class_names_file, save_network
+from experiment.networks import class_names_file, images_file, save_network
 
 SETTINGS, CHECKPOINT, PREVIOUS, LOCK = "settings.json", "checkpoint.npz", "checkpoint.previous.npz", "lock"
 OUTPUTS = (PREVIOUS, CHECKPOINT, "history.csv", "accuracy.png", "overview.png", "index.html")
@@ -73,7 +73,8 @@ class RunFolder:
 
     def clear(self):
         """Deletes what a run writes, and nothing else: checkpoints first and settings last, in case of a kill."""
-        for path in *(self.out / name for name in OUTPUTS), self.model_file, class_names_file(self.model_file):
+        beside = (class_names_file(self.model_file), images_file(self.model_file))
+        for path in *(self.out / name for name in OUTPUTS), self.model_file, *beside:
             path.unlink(missing_ok=True)
         for folder in self.out.glob("img_*"):
             if folder.name.removeprefix("img_").isdecimal():
@@ -174,14 +175,15 @@ class RunFolder:
         """All that training changes, in a fixed order: weights, dropout's random state, optimizer state."""
         return [*self.model.variables, *self.model.optimizer.variables]
 
-    def finish(self, model, class_names):
+    def finish(self, model, class_names, images):
         """Saves the trained model. It comes last: where it exists, the run is complete.
 
         Args:
             model: The network in float32, whose weights become those of the trained model.
             class_names: Names of the C classes.
+            images: How the model wants its images, as in `networks.load_images_settings`.
         """
-        save_network(model, class_names, self.model_file)
+        save_network(model, class_names, images, self.model_file)
         last = self.history[-1]
         metrics = {name: last[f"test_{name}"] for name in METRIC_TITLES if f"test_{name}" in last}
         print(format_metrics(metrics, last["test_images"]))

@@ -329,7 +329,7 @@ def concatenated_poolings():
     return classifier(lambda f: dense()(layers.Concatenate(name="both")([gap()(f), layers.GlobalMaxPooling2D()(f)])))
 
 
-@refused("flat", "is neither mean nor maximum")
+@refused("flat", "takes neither mean nor maximum")
 def flatten():
     return classifier(lambda f: dense()(layers.Flatten(name="flat")(f)))
 
