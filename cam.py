@@ -24,6 +24,8 @@ JIT_COMPILE = False if keras.backend.backend() == "tensorflow" else "auto"
 POOLINGS = {"average": partial(ops.mean, axis=(1, 2)), "max": partial(ops.max, axis=(1, 2))}
 ACTIVATIONS = {"linear": ops.copy, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax}
 
+PROBE = 256  # an F_k that makes w_k^c F_k large against rounding errors of b_c
+
 
 def class_activation_map(feature_maps, softmax_weights):
     """Equation (2): M_c(x, y) = sum_k w_k^c f_k(x, y). No bias, no ReLU: M_c may be negative.
@@ -135,11 +137,11 @@ class LogitsAndMaps(layers.Layer):
         return logits, class_activation_map(feature_maps, softmax_weights)
 
     def softmax_weights_and_biases(self):
-        """w_k^c (K, C) and b_c (C,): S_c is b_c if all F_k are zero, and w_k^c + b_c if only F_k is one."""
+        """w_k^c (K, C) and b_c (C,): S_c is b_c if all F_k are zero, and F_k w_k^c + b_c if the others are."""
         shape = self.operations[0].output_shape[1:]  # (K,) or (1, 1, K)
-        pooled = ops.eye(shape[-1] + 1, shape[-1])  # the unit vectors, and zero
+        pooled = PROBE * ops.eye(shape[-1] + 1, shape[-1])  # each F_k alone, and zeros
         logits = self.run(self.head, ops.reshape(pooled, (-1, *shape)))
-        return logits[:-1] - logits[-1], logits[-1]
+        return (logits[:-1] - logits[-1]) / PROBE, logits[-1]
 
     def run(self, operations, x):
         """Applies operations of the head to x, without the last activation; returns (N, C)."""
@@ -189,10 +191,7 @@ def upsample(maps, height, width):
 
 
 def normalize(maps):
-    """Scales each map of (..., H, W) to [0, 1] by its minimum and maximum; a constant map becomes zeros.
-
-    Returns:
-        float32 array of the same shape.
+    """Scales each map of (..., H, W) to [0, 1], float32, by its minimum and maximum; a constant map becomes zeros.
 
     Raises:
         ValueError: A map has a value that is not finite.

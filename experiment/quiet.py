@@ -4,8 +4,13 @@ TensorFlow 2.21 logs its start-up whatever its settings are, so standard error i
 """
 
 import os
+import signal
 import sys
+from pathlib import Path
 
+main = getattr(sys.modules["__main__"], "__file__", None)
+if main and Path(main).resolve().parent == Path(__file__).resolve().parent.parent:  # a script of this project
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
 os.environ["MPLBACKEND"] = "agg"  # the scripts only write files; a notebook's backend would fail outside the notebook
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the log after the start-up
 sys.stderr.flush()

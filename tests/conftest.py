@@ -6,6 +6,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,6 +18,19 @@ settings.register_profile("fuzz", settings.get_profile("short"), max_examples=10
 settings.load_profile("short")
 
 SMALL = ["--batch-size", 8, "--every", 2, "--samples", 4]  # settings of mnist.py for `small_data`
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-networks", action="store_true", help="test all networks of keras.applications, not nine")
+
+
+def pytest_generate_tests(metafunc):
+    if "application" in metafunc.fixturenames:
+        names = ["DenseNet121", "EfficientNetB0", "InceptionV3", "MobileNet", "NASNetMobile", "ResNet50"]
+        names += ["ConvNeXtTiny", "MobileNetV3Small", "VGG16"]  # have no exact maps
+        if metafunc.config.getoption("all_networks"):
+            names = [name for name in dir(keras.applications) if callable(getattr(keras.applications, name))]
+        metafunc.parametrize("application", names)
 
 
 def encoded(pixels, kind="JPEG"):

@@ -177,6 +177,22 @@ def test_a_photo_becomes_a_digit_of_mnist(name):
     assert np.mean(np.array(found) > 0.8) >= 0.9, np.round(found, 2)
 
 
+def test_images_of_mnist_and_of_a_run_stay_as_they_are():
+    _, test = load_dataset(Path(__file__).parent.parent / "data")
+    for image in test.images[:200]:
+        np.testing.assert_array_equal(digits.preprocess_digit(image.repeat(3, axis=2)), image[:, :, 0])
+        np.testing.assert_array_equal(digits.preprocess_digit(255 - image.repeat(3, axis=2)), image[:, :, 0])
+    for times in (3, 4, 7):  # such as image_test.png, whose clutter is not to be taken for one large digit
+        large = image.repeat(times, axis=0).repeat(times, axis=1).repeat(3, axis=2)
+        np.testing.assert_array_equal(digits.preprocess_digit(large), image[:, :, 0])
+
+
+@pytest.mark.parametrize("value", [0, 100, 255])
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (200, 300), (3, 1000)])
+def test_nothing_is_found_in_an_empty_picture(size, value):
+    assert digits.preprocess_digit(np.full((*size, 3), value, np.uint8)).max() == 0
+
+
 if __name__ == "__main__":
     from experiment.networks import load_network
 

@@ -216,6 +216,11 @@ def two_inputs():
 
 
 @form
+def biases_that_are_large_against_the_weights():
+    return classifier(lambda f: layers.Dense(CLASSES, bias_initializer=keras.initializers.Constant(300))(gap()(f)))
+
+
+@form
 def no_bias():
     return classifier(lambda f: dense(use_bias=False)(gap()(f)))
 

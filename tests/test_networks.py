@@ -1,5 +1,6 @@
 """networks.py: saved models, the original's checkpoints, and the networks of Keras, without their weights."""
 
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pytest
 from conftest import assert_one_line_error, run, write_data
 from keras import layers
 
-from cam import class_activation_model
 from experiment.files import UserError
-from experiment.networks import keras_application, load_network, to_cam_model
+from experiment.networks import keras_application, load_images_settings, load_network, to_cam_model
 from lenet import lenet
+
+# What refuses the others: the layer that is not affine, or takes the place of pooling.
+REFUSED = {"ConvNeXt": "head_layernorm", "MobileNetV3": "activation", "VGG": "flatten"}
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +88,56 @@ def test_no_code_of_a_saved_model_is_run(tmp_path):
     images = keras.Input((8, 8, 1))
     maps = layers.Lambda(lambda x: x * 1.0)(images)
     model = keras.Model(images, layers.Dense(2)(layers.GlobalAveragePooling2D()(maps)))
-    model.save(tmp_path / "model.keras")
-    with pytest.raises(UserError, match="disallowed"):
-        load_network(tmp_path / "model.keras")
+    for name in ("model.keras", "model.h5"):
+        model.save(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} has a Lambda layer, and code in a file is not run"):
+            load_network(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["keras", "h5", "hdf5", "KERAS", "H5"])
+def test_files_of_keras(tmp_path, suffix):
+    model = lenet()
+    lower = tmp_path / f"lower.{suffix.lower()}"
+    model.save(lower)
+    lower.rename(tmp_path / f"model.{suffix}")
+    loaded = load_network(tmp_path / f"model.{suffix}")
+    for one, other in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class OwnLayer(layers.Layer):
+    def call(self, inputs):
+        return 2 * inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "text"),
+    [
+        ("mine.weights.h5", "save_weights", "holds weights without their network"),
+        ("mine.h5", "save_weights", "holds weights without their network"),
+        ("mine.keras", "save", "needs OwnLayer, which is not a part of Keras"),
+        ("mine.h5", "save", "needs OwnLayer, which is not a part of Keras"),
+        ("mine", "export", "is a TensorFlow SavedModel"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_what_it_is(tmp_path, name, save, text):
+    images = keras.Input((8, 8, 1))
+    model = keras.Model(images, layers.Dense(2)(layers.GlobalAveragePooling2D()(OwnLayer()(images))))
+    written = tmp_path / ("model.weights.h5" if save == "save_weights" else name)
+    getattr(model, save)(written, **({"verbose": False} if save == "export" else {}))
+    written.rename(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} {text}") as error:
+        load_network(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"digits": true}', '{"pixel_range": [1, 0]}', '{"pixel_range": 1}', '{"short_side": 0}']
+)
+def test_damaged_settings_of_images_are_named(tmp_path, text):
+    (tmp_path / "mine_images.json").write_text(text)
+    with pytest.raises(UserError, match=r"mine_images\.json must be like"):
+        load_images_settings(tmp_path / "mine.keras")
 
 
 @pytest.mark.parametrize("name", ["model.npz", "model.keras", "model"])
@@ -111,39 +161,56 @@ def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):
     assert_one_line_error(run("mnist.py", "--data", data, "--evaluate", tmp_path / "none"), "none is missing")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ResNet50",
-        "ResNet50V2",
-        "MobileNetV2",
-        "DenseNet121",
-        "Xception",
-        "InceptionV3",
-        "EfficientNetB0",
-        "NASNetMobile",
-    ],
-)
-def test_score_is_the_mean_of_the_map_plus_the_bias(name):
-    """The identity of section 2 on the real graphs, with random weights."""
+def test_a_network_of_keras_applications(application):
+    """Nine of them, or all with --all-networks, with random weights: their logits, and the identity of section 2."""
     keras.utils.set_random_seed(0)
-    model, preprocess, _ = keras_application(name, weights=None)
+    model = getattr(keras.applications, application)(weights=None, classifier_activation=None)
+    for family, layer in REFUSED.items():
+        if application.startswith(family):
+            with pytest.raises(UserError, match=f"has no exact class activation map: layer '[a-z_]*{layer}"):
+                to_cam_model(model)
+            return
     height, width = model.input_shape[1:3]
-    images = preprocess(np.random.default_rng(0).uniform(0, 255, (1, height, width, 3)).astype(np.float32))
-    bias = np.linspace(-1, 1, 1000, dtype=np.float32)
-    model.layers[-1].bias.assign(bias)
-    cam = class_activation_model(model)
-    scores, maps = (np.asarray(output) for output in cam(images))
-    np.testing.assert_allclose(scores, maps.mean(axis=(1, 2)) + bias, atol=1e-4)
-    # And the scores are the model's own: its probabilities are their softmax.
-    np.testing.assert_allclose(keras.ops.softmax(scores), model(images), atol=1e-5)
+    images = np.random.default_rng(0).uniform(0, 255, (1, height, width, 3)).astype(np.float32)
+    last = next(layer for layer in reversed(model.layers) if layer.weights)
+    last.bias.assign(np.random.default_rng(1).normal(0, np.std(model(images)), last.bias.shape))
+    expected, cam_model = np.asarray(model(images)), to_cam_model(model)
+    scores, maps = (np.asarray(output) for output in cam_model(images))
+    tolerance = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(scores, maps.mean(axis=(1, 2)) + np.asarray(last.bias), rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["VGG16", "ConvNeXtTiny", "MobileNetV3Small"])
-def test_networks_without_an_exact_map_are_refused(name):
-    model, _, _ = keras_application(name, weights=None)
-    with pytest.raises(UserError, match="it must be convolutions -> GlobalAveragePooling2D"):
-        to_cam_model(model)
+def test_a_network_without_exact_maps_is_refused_before_its_weights_are_downloaded(monkeypatch):
+    monkeypatch.setattr(keras.utils, "get_file", pytest.fail)
+    with pytest.raises(UserError, match=r"vgg16.*flatten"):
+        keras_application("VGG16")
+
+
+@pytest.mark.parametrize("downloads", ["none", "weights"])
+def test_without_network(monkeypatch, capsys, downloads):
+    def make(weights):
+        if weights and downloads == "none":
+            raise Exception("URL fetch failure on https://...: None -- [Errno -3]\nTemporary failure")  # as Keras does
+        images = keras.Input((8, 8, 3))
+        return keras.Model(images, layers.Dense(5)(layers.GlobalAveragePooling2D()(images)))
+
+    def no_names(codes, top):
+        raise Exception("URL fetch failure on https://...: None")
+
+    make.__module__ = "keras.applications.resnet50"
+    monkeypatch.setattr(keras.applications, "ResNet50", make)
+    monkeypatch.setattr(sys.modules["keras.applications.resnet50"], "decode_predictions", no_names)
+    if downloads == "none":
+        with pytest.raises(UserError, match=r"the weights of ResNet50 cannot be loaded .*fetch failure") as error:
+            keras_application("ResNet50")
+        assert "\n" not in str(error.value)
+        return
+    _, _, class_names = keras_application("ResNet50")
+    assert class_names is None
+    assert capsys.readouterr().err.splitlines() == [
+        "no class names, only numbers: URL fetch failure on https://...: None"
+    ]
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():

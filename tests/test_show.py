@@ -1,15 +1,21 @@
 """show.py on the command line, and how it treats images."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, run
+from conftest import ROOT, assert_one_line_error, rows, run
 from keras import layers
 from PIL import Image
+from skimage import transform
 
 import show
-from cam import bounding_box, class_activation_map, upsample
-from data.dataset import load_dataset
+from cam import bounding_box, class_activation_map, class_activation_model, upsample
+from experiment.files import UserError
 from lenet import lenet
 
 
@@ -52,7 +58,7 @@ def test_scores_boxes_and_maps_are_those_of_the_model(color_model, tmp_path):
     order = np.argsort(-scores)
     written = np.load(tmp_path / "out" / "cam_a.npy")
     np.testing.assert_allclose(written, maps[:, :, order].transpose(2, 0, 1), rtol=1e-4, atol=1e-4)
-    lines = process.stdout.splitlines()
+    _, *lines = process.stdout.splitlines()
     assert "cam_a.png" in lines[0]
     probabilities = np.asarray(model(images))[0]
     for line, label, class_map in zip(lines[1:], order, written, strict=True):
@@ -64,6 +70,216 @@ def test_scores_boxes_and_maps_are_those_of_the_model(color_model, tmp_path):
         assert line.endswith("nowhere positive" if box is None else "box {} {} {} {}".format(*box))
     # The picture: the image, its six maps, and the scale, in rows of six, at 200 pixels each.
     assert Image.open(tmp_path / "out" / "cam_a.png").size == (6 * 208, 2 * (160 + 50))
+
+
+def classifier(activation=None, classes=4, size=(32, 40, 3), **convolution):
+    """A network with random weights for `Network`."""
+    keras.utils.set_random_seed(1)
+    images = keras.Input(size)
+    pooled = layers.GlobalAveragePooling2D()(layers.Conv2D(5, 3, activation="relu", **convolution)(images))
+    dense = layers.Dense(classes, activation, bias_initializer="normal", kernel_initializer="glorot_normal")
+    return keras.Model(images, dense(pooled))
+
+
+def random_image(*size):
+    return np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "linear"])
+def test_probabilities_are_those_of_the_network(activation):
+    model, image = classifier(activation), random_image(32, 40)
+    cams = show.predict_cams(image, show.Network(model, (0, 1)), top=4)
+    output = np.asarray(model(image[None] / np.float32(255)))[0]
+    expected = np.asarray(keras.ops.softmax(output)) if activation == "linear" else output
+    np.testing.assert_allclose(cams.probabilities, expected[cams.classes], atol=1e-5)
+    assert list(cams.scores) == sorted(cams.scores, reverse=True)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "linear"])
+def test_one_output_is_two_classes(activation):
+    model, image = classifier(activation, classes=1), random_image(32, 40)
+    cams = show.predict_cams(image, show.Network(model, (0, 1)), classes=[0, 1])
+    output = np.asarray(model(image[None] / np.float32(255)))[0, 0]
+    positive = output if activation == "sigmoid" else 1 / (1 + np.exp(-output))
+    np.testing.assert_allclose(cams.probabilities, [1 - positive, positive], atol=1e-5)
+    assert 0.01 < positive < 0.99
+    assert cams.scores[0] == -cams.scores[1]
+    np.testing.assert_array_equal(cams.maps[0], -cams.maps[1])
+
+
+def test_the_result_of_the_call_from_python():
+    model, image = classifier("softmax"), random_image(64, 50)
+    cams = show.predict_cams(image, model, top=2)
+    resized = transform.resize(image, (32, 40), preserve_range=True, anti_aliasing=True)[None].astype(np.float32)
+    scores, maps = (output[0] for output in class_activation_model(model).predict(resized, verbose=0))
+    assert list(cams.classes) == list(np.argsort(-scores)[:2])
+    assert cams.names == [str(c) for c in cams.classes]
+    np.testing.assert_allclose(cams.scores, scores[cams.classes], rtol=1e-5)
+    np.testing.assert_allclose(cams.maps, np.moveaxis(maps[:, :, cams.classes], 2, 0), rtol=1e-4, atol=1e-3)
+    assert cams.boxes == [bounding_box(upsample(one[None], 64, 50)[0]) for one in cams.maps]
+    assert (cams.picture.pixels == image).all()
+
+
+def test_pixel_range_and_preprocessing():
+    image = random_image(32, 40)
+    given = {
+        (): image,
+        ((0, 1),): image / 255,
+        ((-1, 1),): image / 127.5 - 1,
+        (None, "mobilenet_v2"): image / 127.5 - 1,
+    }
+    for arguments, expected in given.items():
+        network = show.Network(classifier(), *arguments)
+        np.testing.assert_allclose(network.preprocess(image), expected, atol=1e-5)
+        assert network.preprocess(image).dtype == np.float32
+        assert network.range_is_known == bool(arguments)
+
+
+def test_the_console_states_the_range_that_was_not_given(color_model, tmp_path):
+    path, _ = color_model
+    photo(tmp_path / "a.png")
+    arguments = ["show.py", tmp_path / "a.png", "--model", path, "--out", tmp_path / "out"]
+    assert "mine.keras gets pixels of 0..255" in run(*arguments).stdout
+    assert "0..255" not in run(*arguments, "--pixel-range", 0, 1).stdout
+    (tmp_path / "mine_images.json").write_text('{"pixel_range": [0, 1]}')
+    recorded = run(*arguments).stdout
+    assert recorded == run(*arguments, "--pixel-range", 0, 1).stdout
+
+
+def test_how_a_network_wants_its_images_is_recorded_beside_it(tmp_path):
+    model = classifier(size=(None, None, 3))
+    model.save(tmp_path / "mine.keras")
+    image = random_image(60, 90)
+    assert show.Network(tmp_path / "mine.keras").preprocess(image).shape == (60, 90, 3)
+    (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
+    network = show.Network(tmp_path / "mine.keras")
+    assert network.preprocess(image).shape == (30, 45, 3)
+    with pytest.raises(UserError, match="too long"):
+        network.preprocess(random_image(10, 90))
+    (tmp_path / "mine_images.json").write_text('{"digit": true}')
+    image = np.zeros((100, 100, 3), np.uint8)
+    image[11:31, 21:25] = 255
+    network = show.Network(tmp_path / "mine.keras")
+    np.testing.assert_array_equal(network.preprocess(255 - image), image)
+
+
+@pytest.mark.parametrize("name", ["lenet", "alexnet"])
+def test_nothing_depends_on_the_name_of_a_model(name):
+    model = classifier(size=(None, None, 3))
+    renamed = keras.Model(model.input, model.output, name=name)
+    image = random_image(50, 70)
+    np.testing.assert_array_equal(show.Network(renamed).preprocess(image), image)
+
+
+def test_one_side_fixed_keeps_the_proportions():
+    assert show.Network(classifier(size=(64, None, 3))).preprocess(random_image(32, 50)).shape == (64, 100, 3)
+    assert show.Network(classifier(size=(None, 25, 1))).preprocess(random_image(32, 50)).shape == (16, 25, 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (lambda: classifier(size=(None, None, 4)), "one image of 1 or 3 channels can be given"),
+        (lambda: keras.Sequential(), "must be functional or Sequential, and built"),
+    ],
+)
+def test_what_takes_no_image_is_refused(build, text):
+    with pytest.raises(UserError, match=text):
+        show.Network(build())
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_one_of_several_outputs(name, tmp_path):
+    images = keras.Input((32, 40, 3))
+    pooled = layers.GlobalAveragePooling2D()(layers.Conv2D(5, 3)(images))
+    outputs = [layers.Dense(3, "softmax", name="first")(pooled), layers.Dense(4, "softmax", name="second")(pooled)]
+    model = keras.Model(images, outputs)
+    with pytest.raises(UserError, match="choose one of its outputs: first, second"):
+        show.Network(model)
+    cams = show.predict_cams(random_image(32, 40), show.Network(model, output=name), top=9)
+    assert len(cams.classes) == (3 if name == "first" else 4)
+
+
+def test_an_image_too_small_for_the_network(tmp_path):
+    with pytest.raises(UserError, match="fails on 5 x 2 pixels; is the image too small for it"):
+        show.predict_cams(random_image(2, 5), classifier(size=(None, None, 3)))
+
+
+def test_a_large_photo_is_scaled_down_and_its_boxes_are_in_its_own_pixels(tmp_path):
+    """Of a photo four times as large, decoded in a quarter, the boxes are four times as large."""
+    small = np.kron(np.random.default_rng(0).integers(0, 256, (12, 16, 3)), np.ones((50, 50, 1))).astype(np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    for name in ("large.png", "large.jpg"):
+        Image.fromarray(small.repeat(4, axis=0).repeat(4, axis=1)).save(tmp_path / name)
+    network = show.Network(classifier())
+    expected = show.predict_cams(tmp_path / "small.png", network)
+    for name in ("large.png", "large.jpg"):
+        cams = show.predict_cams(tmp_path / name, network)
+        assert max(cams.picture.pixels.shape) == 1024
+        assert (cams.picture.height, cams.picture.width) == (2400, 3200)
+        assert list(cams.classes) == list(expected.classes)
+        found, wanted = ([box or (0, 0, 0, 0) for box in one.boxes] for one in (cams, expected))
+        np.testing.assert_allclose(found, 4 * np.array(wanted), atol=16)
+
+
+def test_a_grey_picture_is_inverted_under_the_colours(tmp_path):
+    """As in a run: black would darken them."""
+    shown = {}
+    for name, size in (("grey", 1), ("colour", 3)):
+        pixels = np.zeros((40, 40, 3), np.uint8)
+        pixels[0, 0, size - 1 :] = 255 if size == 3 else 0
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+        cams = show.predict_cams(tmp_path / f"{name}.png", classifier(size=(40, 40, 3)), top=1)
+        show.draw(tmp_path / "figure.png", name, cams)
+        shown[name] = np.asarray(Image.open(tmp_path / "figure.png"))[100, 208 + 100].astype(int)
+    assert shown["grey"].min() > 100
+    np.testing.assert_allclose(shown["grey"] - shown["colour"], 127.5, atol=1)
+
+
+def test_images_of_the_same_name_are_all_drawn(lenet_file, tmp_path):
+    for folder in ("cats", "dogs"):
+        (tmp_path / folder).mkdir()
+        photo(tmp_path / folder / "1.png")
+    paths = [tmp_path / "cats/1.png", tmp_path / "dogs/1.png", tmp_path / "dogs/1.png"]
+    process = run("show.py", *paths, "--model", lenet_file, "--top", 1, "--out", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"cam_cats_1.png", "cam_dogs_1.png", "cam_dogs_1_2.png", "boxes.csv"}
+
+
+def test_boxes_csv(lenet_file, tmp_path):
+    photo(tmp_path / "a.png")
+    names = ["Ziffer", "\u6570\u5b57", "\u0446\u0438\u0444\u0440\u0430", "d,e", *"456789"]
+    lenet_file.with_name("lenet_classes.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    try:
+        arguments = [tmp_path / "a.png", "--model", lenet_file, "--top", 10, "--out", tmp_path / "out"]
+        process = run("show.py", *arguments, PYTHONIOENCODING="utf-8")
+    finally:
+        lenet_file.with_name("lenet_classes.txt").unlink()
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    table = rows(tmp_path / "out" / "boxes.csv")
+    assert sorted(row["class"] for row in table) == sorted(names)  # without the byte order mark
+    scores = [float(row["score"]) for row in table]
+    assert scores == sorted(scores, reverse=True)
+    assert sum(float(row["probability"]) for row in table) == pytest.approx(1, abs=1e-4)
+    for row, line in zip(table, process.stdout.splitlines()[2:], strict=True):
+        box = " ".join(row[edge] for edge in ("x0", "y0", "x1", "y1"))
+        assert line.endswith(f"box {box}" if row["x0"] else "nowhere positive")
+        assert row["file"] == str(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("delay", [0.5, 2, 4])
+def test_ctrl_c_leaves_no_traceback(lenet_file, tmp_path, delay):
+    photo(tmp_path / "a.png")
+    command = [sys.executable, "show.py", *[str(tmp_path / "a.png")] * 2000, "--model", str(lenet_file)]
+    process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, 1)
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) <= 2
 
 
 def test_many_images_of_many_kinds(lenet_file, tmp_path):
@@ -92,13 +308,14 @@ def test_relu_only_when_asked(lenet_file, tmp_path):
     [
         (["nowhere.png"], ["nowhere.png is missing"]),
         (["README.md"], ["README.md is not a readable image"]),
-        (["GOOD", "GOOD"], ["same name"]),
         (["GOOD", "--model", "nowhere.keras"], ["nowhere.keras is missing"]),
+        (["GOOD", "--model", "nowhere/lenet.keras"], ["nowhere/lenet.keras is missing; run mnist.py first"]),
         (["GOOD", "--model", "VGG17"], ["VGG17 is neither a file nor a network"]),
         (["GOOD", "--class", "10"], ["--class", "0..9"]),
         (["GOOD", "--class", "1", "2"], ["--class", "one for each"]),
         (["GOOD", "--top", "0"], ["--top"]),
         (["GOOD", "--preprocess", "resnot"], ["--preprocess resnot"]),
+        (["GOOD", "--pixel-range", "1", "0"], ["--pixel-range"]),
         (["GOOD", "--out", "README.md"], ["README.md"]),
     ],
 )
@@ -114,39 +331,7 @@ def test_bad_input_is_named_in_one_line(lenet_file, tmp_path, arguments, parts):
 
 def test_a_network_of_another_form_is_refused(tmp_path):
     images = keras.Input((8, 8, 1))
-    keras.Model(images, layers.Dense(2)(layers.Flatten()(images))).save(tmp_path / "flat.keras")
+    keras.Model(images, layers.Dense(2)(layers.Flatten(name="flat")(images))).save(tmp_path / "flat.keras")
     photo(tmp_path / "a.png")
     process = run("show.py", tmp_path / "a.png", "--model", tmp_path / "flat.keras", "--out", tmp_path / "out")
-    assert_one_line_error(process, "Flatten -> Dense", "it must be convolutions -> GlobalAveragePooling2D")
-
-
-def test_a_photo_of_a_dark_digit_on_light_paper_becomes_an_mnist_digit():
-    """A committed image with its clutter painted over, as a large photo: dim, yellowish, with a shadow."""
-    _, test = load_dataset(ROOT / "data")
-    x0, y0, x1, y1 = test.boxes[0]
-    digit = np.zeros((40, 40), np.uint8)
-    digit[8 : 8 + y1 - y0, 12 : 12 + x1 - x0] = test.images[0, y0:y1, x0:x1, 0]
-    large = np.asarray(Image.fromarray(digit).resize((600, 600), Image.Resampling.BICUBIC), float)[:, :, None] / 255
-    shadow = np.linspace(0.9, 1, 600)[:, None]
-    paper = np.array([230, 220, 200]) * shadow
-    seen = show.preprocess_digit(np.rint(paper[None] * (1 - 0.7 * large)).astype(np.uint8))
-    rows = np.flatnonzero((seen[:, :, 0] > 100).any(axis=1))
-    assert abs(rows[-1] - rows[0] + 1 - show.DIGIT_HEIGHT) <= 1
-    assert np.median(seen) < 30
-    assert seen.max() > 230
-
-
-def test_small_images_go_to_the_lenet_as_they_are():
-    grey = np.random.default_rng(0).integers(0, 100, (28, 30), dtype=np.uint8)
-    np.testing.assert_array_equal(show.preprocess_digit(grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
-    np.testing.assert_array_equal(show.preprocess_digit(255 - grey[:, :, None].repeat(3, axis=2))[:, :, 0], grey)
-    assert show.preprocess_digit(np.full((200, 300, 3), 255, np.uint8)).max() == 0
-
-
-@pytest.mark.parametrize("times", [3, 4, 7])
-def test_a_picture_with_repeated_pixels_goes_to_the_lenet_at_its_own_size(times):
-    """Such as image_test.png of a run, whose clutter is not to be taken for one large digit."""
-    _, test = load_dataset(ROOT / "data")
-    image = test.images[0, :, :, 0]
-    large = image.repeat(times, axis=0).repeat(times, axis=1)
-    np.testing.assert_array_equal(show.preprocess_digit(large[:, :, None].repeat(3, axis=2))[:, :, 0], image)
+    assert_one_line_error(process, "has no exact class activation map: layer 'flat' takes neither mean nor maximum")
