@@ -60,6 +60,7 @@ class RunFolder:
         self.step, self.history, self.losses = -1, [], []  # losses: loss and accuracy of each batch since the last row
         self.model_file = self.out / f"{model.name}.keras"
         self.lock = lock_run_folder(self.out)
+        exit_on_signals("stopped; run the same command again, without --fresh, to continue")
         if settings.fresh:
             self.clear()
         check_settings(self.out, vars(settings))
@@ -101,7 +102,7 @@ class RunFolder:
                 if stop:
                     self.save_checkpoint()
                     self.bar.close()
-                    exit_on_signal(stop[0])
+                    handlers[stop[0]](stop[0])
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
@@ -224,16 +225,20 @@ def check_settings(out, settings):
             raise UserError(f"{found}: resume it with that, give another --out, or start over with --fresh")
 
 
-def exit_on_signal(number, frame=None):
-    """Ends the process at once. Not by an exception: one raised in a signal handler can get lost in a library."""
-    os.write(2, b"\nstopped; run the same command again, without --fresh, to continue\n")
-    os._exit(128 + number)
+def exit_on_signals(message):
+    """Makes Ctrl-C and SIGTERM end the process at once. An exception in a handler could get lost in a library."""
+
+    def end(number, frame=None):
+        os.write(2, f"\n{message}\n".encode())
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def run_main(script, main, settings):
     """Runs `main(settings)`. User errors print one line and exit with code 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, exit_on_signal)
+    exit_on_signals("stopped")
     try:
         main(settings)
     except (UserError, OSError) as error:

@@ -217,7 +217,11 @@ def two_inputs():
 
 @form
 def biases_that_are_large_against_the_weights():
-    return classifier(lambda f: layers.Dense(CLASSES, bias_initializer=keras.initializers.Constant(300))(gap()(f)))
+    return classifier(
+        lambda f: layers.Dense(CLASSES, bias_initializer=keras.initializers.Constant(300))(
+            gap()(layers.Rescaling(1000)(f))
+        )
+    )
 
 
 @form
