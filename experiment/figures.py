@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
 from cam import overlay, upsample
@@ -156,8 +157,8 @@ def save_grid(path, rows, side=None):
     width, height = fit(rows[0][0][0], side or max(rows[0][0][0].size)).size
     width, height = max(width, MIN_CELL), max(height, MIN_CELL)  # room for the title of a very narrow picture
     size = min(28, width // 8)
-    longest = max(ImageFont.load_default(size).getlength(title) for row in rows for _, title, _ in row)
-    font = ImageFont.load_default(size=min(size, 0.95 * size * width / longest))
+    longest = max(load_font(size, title).getlength(title) for row in rows for _, title, _ in row)
+    title_size = min(size, 0.95 * size * width / longest)
     title_height, gap = 2 * size, 8  # pixels
     grid = Image.new("RGB", (max(map(len, rows)) * (width + gap), len(rows) * (title_height + height)), "white")
     draw = ImageDraw.Draw(grid)
@@ -165,8 +166,21 @@ def save_grid(path, rows, side=None):
         for x, (picture, title, color) in enumerate(row):
             left, top = x * (width + gap), y * (title_height + height)
             grid.paste(fit(picture, max(width, height)), (left, top + title_height))
-            draw.text((left + width // 2, top + title_height // 2), title, color, font, anchor="mm")
+            middle = left + width // 2, top + title_height // 2
+            draw.text(middle, title, color, load_font(title_size, title), anchor="mm")
     save_picture(np.asarray(grid), path)
+
+
+def load_font(size, text):
+    """Pillow's font, or for other scripts one of this machine that has them; what none has, is drawn as boxes."""
+    characters = set(map(ord, text))
+    if max(characters, default=0) < 0x80:
+        return ImageFont.load_default(size)
+    fonts = [font for font in font_manager.fontManager.ttflist if (font.style, font.weight) == ("normal", 400)]
+    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):
+        if "Last Resort" not in font.name and characters <= font_manager.get_font(font.fname).get_charmap().keys():
+            return ImageFont.truetype(font.fname, size)
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
 def save_accuracy(path, history):

@@ -37,6 +37,8 @@ def read_picture(source):
     name = "the array" if isinstance(source, np.ndarray) else source
     try:
         if isinstance(source, np.ndarray):
+            if source.ndim not in (2, 3):
+                raise ValueError(f"its shape is {source.shape}")
             return to_picture(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
         with Image.open(source) as image:
             return to_picture(image)

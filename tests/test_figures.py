@@ -68,3 +68,19 @@ def test_maps_of_very_narrow_images_and_boxes_of_a_pixel(size, tmp_path):
     titles = [("image", "black"), ("computer-keyboard: S = 1.23", "black"), ("b", "black")]
     figures.save_class_maps(tmp_path / "maps.png", np.zeros((*size, 3), np.uint8), maps, titles, [(0, 0, 1, 1), None])
     assert Image.open(tmp_path / "maps.png").height > 64
+
+
+@pytest.mark.parametrize("text", ["cat", "Würfel", "цифра", "αβγ", "قط"])
+def test_class_names_in_any_script_are_drawn(text):
+    """Each character as itself, not as the box that stands for a missing one."""
+    font = figures.load_font(20, text)
+    missing = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(character)) != missing for character in text)
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_no_font_has_is_drawn_as_boxes(tmp_path):
+    picture = Image.new("RGB", (100, 100), "red")
+    figures.save_grid(tmp_path / "grid.png", [[(picture, "\U00012000\U00013000: S = 1.0", "black")]])
+    title = np.asarray(Image.open(tmp_path / "grid.png"))[:24]
+    assert title.min() < 100
