@@ -36,6 +36,7 @@ from experiment.figures import save_class_maps
 from experiment.files import UserError, atomic_write
 from experiment.images import Picture, read_picture
 from experiment.networks import (
+    class_names_file,
     keras_application,
     load_class_names,
     load_images_settings,
@@ -105,6 +106,9 @@ class Network:
         preprocess: Module of `keras.applications` whose `preprocess_input` is applied instead, such as "resnet".
         output: Name of the output, if the model has several.
 
+    Attributes:
+        class_names: Names of the C classes; "0", "1" ... if none are known.
+
     Raises:
         UserError: The model cannot be loaded, has no exact class activation maps, or does not take one image.
     """
@@ -122,7 +126,7 @@ class Network:
         if preprocess:
             try:
                 preprocess_input = importlib.import_module(f"keras.applications.{preprocess}").preprocess_input
-            except ImportError:
+            except (ImportError, AttributeError):
                 raise UserError(f"--preprocess {preprocess} is not a module of keras.applications") from None
         self.cam_model = to_cam_model(model, output)
         self.settings, self.preprocess_input = settings, preprocess_input
@@ -140,7 +144,8 @@ class Network:
         count += self.is_binary
         self.class_names = class_names or [str(c) for c in range(count)]
         if len(self.class_names) != count:
-            raise UserError(f"{self.source} has {count} classes, and the names of {len(self.class_names)} beside it")
+            file = class_names_file(Path(self.source))
+            raise UserError(f"{file} has {len(self.class_names)} lines; the model has {count} classes")
 
     def predict(self, pixels):
         """Scores S_c (C,), probabilities (C,) and maps M_c (h, w, C) of an image (H, W, 3) uint8."""

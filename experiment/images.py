@@ -1,5 +1,6 @@
 """Reading of pictures of any kind."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +10,6 @@ from experiment.files import UserError
 
 MAX_SIDE = 1024  # pixels of a picture's longer side; a larger one is scaled down
 MAX_PIXELS = 50_000_000  # that are decoded
-
-Image.MAX_IMAGE_PIXELS = None  # Pillow's limit applies to photos that are decoded at a fraction of their size, too
 
 
 class Picture(NamedTuple):
@@ -40,7 +39,9 @@ def read_picture(source):
             if source.ndim not in (2, 3):
                 raise ValueError(f"its shape is {source.shape}")
             return to_picture(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
-        with Image.open(source) as image:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # see MAX_PIXELS
+            image = Image.open(source)
+        with image:
             return to_picture(image)
     except FileNotFoundError:
         raise UserError(f"{name} is missing") from None

@@ -10,8 +10,9 @@ from pathlib import Path
 
 main = getattr(sys.modules["__main__"], "__file__", None)
 if main and Path(main).resolve().parent == Path(__file__).resolve().parent.parent:  # a script of this project
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-os.environ["MPLBACKEND"] = "agg"  # the scripts only write files; a notebook's backend would fail outside the notebook
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    os.environ["MPLBACKEND"] = "agg"  # scripts only write files; a notebook's backend would fail outside the notebook
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the log after the start-up
 sys.stderr.flush()
 stderr = os.dup(2)

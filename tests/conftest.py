@@ -6,7 +6,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +28,8 @@ def pytest_generate_tests(metafunc):
         names = ["DenseNet121", "EfficientNetB0", "InceptionV3", "MobileNet", "NASNetMobile", "ResNet50"]
         names += ["ConvNeXtTiny", "MobileNetV3Small", "VGG16"]  # have no exact maps
         if metafunc.config.getoption("all_networks"):
+            import keras
+
             names = [name for name in dir(keras.applications) if callable(getattr(keras.applications, name))]
         metafunc.parametrize("application", names)
 

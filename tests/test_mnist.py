@@ -36,7 +36,7 @@ def test_what_a_run_writes(small_run):
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(
         [
             *("accuracy.png", "checkpoint.npz", "checkpoint.previous.npz", "history.csv", "index.html", "lenet.keras"),
-            *("lenet_classes.txt", "lock", "overview.png", "settings.json"),
+            *("lenet_classes.txt", "lenet_images.json", "lock", "overview.png", "settings.json"),
         ]
     )
     history = rows(out / "history.csv")
