@@ -94,7 +94,7 @@ def find_digit(ink, light):
         if (labels[kept] > 0).any():
             labels = np.where(kept, labels, 0)
     sizes = np.bincount(labels[labels > 0], minlength=1)
-    return (sizes > 0.1 * sizes.max())[labels] & (labels > 0)
+    return (sizes > 0.1 * sizes.max())[labels]
 
 
 def without_repeats(grey):
