@@ -106,7 +106,7 @@ def main(settings):
     trained = alexnet(len(names))
     trained.set_weights(model.get_weights())
     save_figures(settings.out, cam.class_activation_model(trained), samples, names, run.history)
-    run.finish(trained, names, images={"short_side": SHORT_SIDE})
+    run.finish(trained, names, images={"short_side": SHORT_SIDE, "pixel_range": (0, 255)})
 
 
 def make_optimizer(settings):

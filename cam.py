@@ -11,7 +11,6 @@ so S_c is the mean of M_c over the locations. Arrays are (N, H, W, ...): images,
 
 import itertools
 import math
-from functools import partial
 
 import keras
 import matplotlib
@@ -21,7 +20,6 @@ from skimage import measure
 
 # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
 JIT_COMPILE = False if keras.backend.backend() == "tensorflow" else "auto"
-POOLINGS = {"average": partial(ops.mean, axis=(1, 2)), "max": partial(ops.max, axis=(1, 2))}
 ACTIVATIONS = {"linear": ops.copy, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax}
 
 PROBE = 256  # an F_k that makes w_k^c F_k large against rounding errors of b_c
@@ -52,27 +50,33 @@ def class_activation_model(model, output=None):
         output: Name of the output, if the model has several.
 
     Returns:
-        Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], both float32. S_c, to
-        which the last activation is not applied, is the mean of M_c plus b_c; with max pooling it is not.
+        Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], float32. S_c, before the
+        last activation, is the mean of M_c plus b_c; with max pooling it is not.
 
     Raises:
         ValueError: The model has no exact class activation map, or several outputs of which none is chosen.
     """
     try:
-        if not getattr(model, "outputs", None):
+        if not known_outputs(model):
             raise ValueError("its layers are not known; it must be functional or Sequential, and built")
-        outputs = dict(zip(getattr(model, "output_names", ["output"]), model.outputs, strict=True))
-        if output not in outputs and (output or len(outputs) > 1):
-            raise ValueError(f"choose one of its outputs: {', '.join(outputs)}")
-        feature_maps, operations = find_pooling(outputs.get(output, model.outputs[0]))
+        structure = getattr(model, "_outputs_struct", None)  # a Sequential model has one output, without a name
+        names = sorted(structure) if isinstance(structure, dict) else getattr(model, "output_names", ["output"])
+        if names.count(output) != 1 and (output or len(names) > 1):
+            raise ValueError(f"choose one of its outputs: {', '.join(names)}")
+        feature_maps, operations = find_pooling(model.outputs[names.index(output) if output else 0])
         if feature_maps is None or not operations:
             raise ValueError("it has no feature maps (N, H, W, K) that are pooled")
         logits_and_maps = LogitsAndMaps(operations, name="logits_and_maps")
         logits_and_maps.check()
+        images = model.inputs if isinstance(model, keras.Sequential) else model.input
+        return keras.Model(images, logits_and_maps(feature_maps), name=f"{model.name}_cam")
     except ValueError as error:
         raise ValueError(f"model {model.name!r} has no exact class activation map: {error}") from None
-    images = model.inputs if isinstance(model, keras.Sequential) else model.input
-    return keras.Model(images, logits_and_maps(feature_maps), name=f"{model.name}_cam")
+
+
+def known_outputs(model):
+    """Outputs of a model whose layers are all there is: functional or Sequential, with no `call` of its own."""
+    return getattr(model, "outputs", None) if type(model).call.__module__.startswith("keras.") else None
 
 
 def find_pooling(tensor):
@@ -83,7 +87,7 @@ def find_pooling(tensor):
         inputs = operation._inbound_nodes[node].input_tensors
         if not inputs:
             return None, operations
-        nested = getattr(operation, "outputs", None)  # those of a model in the model
+        nested = known_outputs(operation)  # of a model in the model
         if nested:
             feature_maps, inner = find_pooling(nested[index])
             if feature_maps is not None:
@@ -95,40 +99,45 @@ def find_pooling(tensor):
     return tensor, operations
 
 
-def recognize(function, shape, candidates):
-    """The name of the candidate that computes what `function` does, tried on an array of a shape; or None."""
-    x = np.random.default_rng(0).normal(1, 2, [8, *(size or 5 for size in shape[1:])]).astype(np.float32)
-    found = ops.convert_to_numpy(function(x)).ravel()
-    results = ((name, ops.convert_to_numpy(candidate(x)).ravel()) for name, candidate in candidates.items())
-    return next((name for name, y in results if y.shape == found.shape and np.allclose(y, found, atol=0.05)), None)
+def is_close(found, expected, tolerance):
+    found, expected = (ops.convert_to_numpy(ops.cast(ops.reshape(x, -1), "float32")) for x in (found, expected))
+    return found.shape == expected.shape and np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 @keras.saving.register_keras_serializable("cam")
 class LogitsAndMaps(layers.Layer):
     """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
 
-    `operations` are models of one operation each, from the pooling of a classifier to its output. `activation` names
-    the last activation, one of ACTIVATIONS, which is not applied.
+    `operations` are models of one operation each, from a classifier's pooling to its output; `activation` names the
+    last activation, which is not applied.
     """
 
     def __init__(self, operations, dtype="float32", **kwargs):
         super().__init__(dtype=dtype, **kwargs)
         self.supports_jit = bool(JIT_COMPILE)
-        pooling, *self.head = self.operations = operations
-        if not recognize(pooling, pooling.input_shape, POOLINGS):
+        if isinstance(operations[0], dict):  # from get_config
+            operations = keras.saving.deserialize_keras_object(operations)
+        self.operations, self.head, self.activation, self.fused = operations, operations[1:], "linear", None
+        kinds = {tensor.dtype for operation in operations for tensor in operation.inputs + operation.outputs}
+        kinds |= {getattr(operation.operations[-1], "dtype_policy", self.dtype_policy).name for operation in operations}
+        self.tolerance = 0.001 if kinds == {"float32"} else 0.03  # of the largest value: more if numbers are rounded
+        pooling, rng = operations[0], np.random.default_rng(0)
+        x = rng.normal(1, 2, [8, *(size or 5 for size in pooling.input_shape[1:])]).astype(np.float32)
+        if not any(is_close(pooling(x), pool(x, axis=(1, 2)), self.tolerance) for pool in (ops.mean, ops.max)):
             raise ValueError(f"layer {pooling.name!r} takes neither mean nor maximum of feature maps (N, H, W, K)")
-        self.activation, self.fused = "linear", None
-        while self.head and self.activation == "linear":  # from the last operation back
-            last, layer = self.head[-1], self.head[-1].operations[-1]
-            if last.weights:  # the activation may be a part of it
-                name = recognize(getattr(layer, "activation", ops.copy), last.output_shape, ACTIVATIONS)
-                self.fused = layer if name not in (None, "linear") else None
-            else:
-                name = recognize(last, last.input_shape, ACTIVATIONS)
+        x = (rng.normal(size=[8, *pooling.output_shape[1:]]).T * np.geomspace(0.01, 1, 8)).T.astype(np.float32)
+        output = self.run(self.head, x)
+        for index in range(len(operations) - 1, 0, -1):  # the last activation: an operation, or a part of a layer
+            operation, layer = operations[index], operations[index].operations[-1]
+            self.head = operations[1 : index + bool(operation.weights)]
+            self.fused = layer if operation.weights and callable(getattr(layer, "activation", None)) else None
+            logits = self.run(self.head, x)
+            name = next((n for n, f in ACTIVATIONS.items() if is_close(output, f(logits), self.tolerance)), None)
+            if name is None:
+                self.head, self.fused = operations[1:], None
             self.activation = name or "linear"
-            if last.weights or not name:
+            if operation.weights or name != "linear":
                 break
-            self.head.pop()
 
     def call(self, feature_maps):
         pooled = self.operations[0](feature_maps)  # F_k: (N, K)
@@ -160,16 +169,12 @@ class LogitsAndMaps(layers.Layer):
         """Raises a ValueError if an operation of the head is not affine: f(x) + f(y) = f(x + y) + f(0)."""
         for operation, scale in itertools.product(self.head, (0.1, 1, 10, 100)):
             x, y = scale * np.random.default_rng(0).normal(size=(2, 8, *operation.input_shape[1:])).astype(np.float32)
-            fx, fy, fxy, f0 = (ops.convert_to_numpy(self.run([operation], z)) for z in (x, y, x + y, 0 * x))
-            if not np.abs(fx + fy - fxy - f0).max() <= 0.03 * np.abs(fxy).max():  # a quantized layer: 0.003
+            fx, fy, fxy, f0 = (self.run([operation], z) for z in (x, y, x + y, 0 * x))
+            if not is_close(fx + fy - f0, fxy, self.tolerance):
                 raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
 
     def get_config(self):
         return super().get_config() | {"operations": keras.saving.serialize_keras_object(self.operations)}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(keras.saving.deserialize_keras_object(config.pop("operations")), **config)
 
 
 def zero_mean_over_classes(softmax_weights):
@@ -204,7 +209,7 @@ def normalize(maps):
 
 
 def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=None):
-    """Overlays a heatmap on an image.
+    """Overlays a heatmap on an image; returns RGB (H, W, 3) uint8.
 
     Args:
         image: (H, W), (H, W, 1) or (H, W, 3) uint8.
@@ -212,9 +217,6 @@ def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=None):
         colormap: Name of a matplotlib colormap.
         opacity: Opacity of the heatmap, 0..1.
         invert: Whether to invert the image first; by default a grey one is, so that black does not darken the colours.
-
-    Returns:
-        RGB image (H, W, 3) uint8.
     """
     colors = 255 * matplotlib.colormaps[colormap](np.linspace(0, 1, 256, dtype=np.float32))[:, :3]  # (256, 3)
     background = image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)

@@ -118,7 +118,7 @@ def main(settings):
     trained.set_weights(model.get_weights())
     names = [str(digit) for digit in range(CLASSES)]
     save_figures(settings.out, cam.class_activation_model(trained), samples, names, run.history)
-    run.finish(trained, names, images={"digit": True})
+    run.finish(trained, names, images={"digit": True, "pixel_range": (0, 255)})
 
 
 def evaluate_model(settings):

@@ -23,6 +23,8 @@ from experiment.quiet import keras  # first, to keep TensorFlow's start-up log o
 import argparse
 import csv
 import importlib
+import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,7 @@ from experiment.files import UserError, atomic_write
 from experiment.images import Picture, read_picture
 from experiment.networks import (
     class_names_file,
+    images_file,
     keras_application,
     load_class_names,
     load_images_settings,
@@ -118,11 +121,11 @@ class Network:
         if isinstance(model, keras.Model):
             self.source = f"model {model.name!r}"
         elif Path(model).suffix or Path(model).exists():
-            self.source, settings, class_names = model, load_images_settings(model), load_class_names(model)
-            model = load_network(model)
+            self.source, model = model, load_network(model)
+            settings, class_names = load_images_settings(self.source), load_class_names(self.source)
         else:
             self.source = model
-            model, preprocess_input, class_names = keras_application(model)
+            model, preprocess_input, class_names = keras_application(str(model))
         if preprocess:
             try:
                 preprocess_input = importlib.import_module(f"keras.applications.{preprocess}").preprocess_input
@@ -131,13 +134,19 @@ class Network:
         self.cam_model = to_cam_model(model, output)
         self.settings, self.preprocess_input = settings, preprocess_input
         self.pixel_range = pixel_range or settings.get("pixel_range", (0, 255))
-        self.range_is_known = bool(pixel_range or preprocess_input or settings)
+        self.range_is_known = bool(pixel_range or preprocess_input or "pixel_range" in settings)
 
         inputs = self.cam_model.inputs
-        if len(inputs) > 1 or inputs[0].shape[-1] not in (1, 3):
+        if len(inputs) > 1 or len(inputs[0].shape) != 4 or inputs[0].shape[-1] not in (1, 3):
             shapes = ", ".join(str(tensor.shape) for tensor in inputs)
             raise UserError(f"{self.source} takes {shapes}; one image of 1 or 3 channels can be given")
         self.input_shape = inputs[0].shape[1:]  # (h, w, channels), h and w None if any will do
+        if "short_side" in settings and self.input_shape[:2] != (None, None):
+            raise UserError(
+                f"{self.source} takes images of a fixed size, and short_side in {images_file(Path(self.source))}"
+            )
+        if preprocess_input and self.input_shape[2] == 1:
+            raise UserError(f"{self.source} takes grey images, and --preprocess is for colours")
         self.activation = self.cam_model.get_layer("logits_and_maps").activation
         count = self.cam_model.output_shape[0][-1]
         self.is_binary = count == 1 and self.activation in ("linear", "sigmoid")
@@ -149,13 +158,13 @@ class Network:
 
     def predict(self, pixels):
         """Scores S_c (C,), probabilities (C,) and maps M_c (h, w, C) of an image (H, W, 3) uint8."""
+        images = self.preprocess(pixels)[None]
         try:
-            logits, maps = (output[0] for output in self.cam_model.predict_on_batch(self.preprocess(pixels)[None]))
-        except Exception:  # whatever Keras and its backend raise
-            height, width = pixels.shape[:2]
-            raise UserError(
-                f"{self.source} fails on {width} x {height} pixels; is the image too small for it?"
-            ) from None
+            logits, maps = (output[0] for output in self.cam_model.predict_on_batch(images))
+        except Exception as error:  # whatever Keras and its backend raise
+            height, width = images.shape[1:3]
+            reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())[:200]
+            raise UserError(f"{self.source} does not take {width} x {height} pixels; too small? ({reason})") from None
         if not maps.size or not np.isfinite(maps).all():
             raise UserError(f"{self.source} gives infinite or NaN values")
         if self.is_binary:  # one logit: its class against the other
@@ -204,6 +213,7 @@ def figure_names(paths):
 
 
 def main(settings):
+    sys.stdout.reconfigure(errors="replace")  # for names that the console cannot show
     paths, chosen = settings.images, settings.classes
     for path in paths:
         if not path.exists():
@@ -241,7 +251,7 @@ def main(settings):
         if rows:
             with (
                 atomic_write(settings.out / "boxes.csv") as part,
-                part.open("w", newline="", encoding="utf-8") as table,
+                part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
             ):
                 csv.writer(table).writerows([["file", "class", "score", "probability", "x0", "y0", "x1", "y1"], *rows])
 

@@ -78,7 +78,7 @@ def to_cam_model(model, output=None):
     try:
         return class_activation_model(model, output)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def load_torchvision_convolutions(path):
@@ -112,7 +112,9 @@ def save_network(model, class_names, images, path):
 def load_class_names(path):
     """Names of the classes of the model saved at `path`; None if no file beside it has them."""
     file = class_names_file(Path(path))
-    return file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if file.exists() else None
+    if not file.exists():
+        return None
+    return file.read_text(encoding="utf-8-sig", errors="replace").rstrip("\n").split("\n")
 
 
 def load_images_settings(path):
@@ -129,6 +131,7 @@ def load_images_settings(path):
         settings = json.loads(file.read_text(encoding="utf-8-sig"))
         low, high = map(float, settings.get("pixel_range", (0, 255)))
         known = settings.keys() <= {"digit", "short_side", "pixel_range"} and low < high
+        known = known and isinstance(settings.get("digit", True), bool)
         if not known or not 1 <= settings.get("short_side", 1) <= 10_000:
             raise ValueError(settings)
     except (ValueError, TypeError, AttributeError):
@@ -156,7 +159,7 @@ def keras_application(name, weights="imagenet"):
         UserError: There is no such network, it has no exact class activation map, or its weights, which Keras downloads
             once, cannot be loaded.
     """
-    make = getattr(keras.applications, name, None)
+    make = None if name.startswith("_") else getattr(keras.applications, name, None)
     if not callable(make):
         names = ", ".join(sorted(n for n in dir(keras.applications) if callable(getattr(keras.applications, n))))
         raise UserError(f"{name} is neither a file nor a network of keras.applications ({names})")

@@ -367,6 +367,85 @@ def subclassed():
     return Net()
 
 
+@refused("must be functional or Sequential")
+def functional_with_a_call_of_its_own():
+    class Scaled(keras.Model):
+        def call(self, inputs, training=None, mask=None):
+            return super().call(inputs / 2, training=training)
+
+    images, f = convolutions()
+    return Scaled(images, dense()(gap()(f)))
+
+
+@refused("softmax", "not affine")
+def softmax_in_groups():
+    return classifier(lambda f: layers.Softmax(name="softmax")(layers.Reshape((2, 2))(dense()(gap()(f)))))
+
+
+@refused("calibrated", "not affine")
+def another_softmax():
+    head = dense(classes=1000, kernel_initializer=keras.initializers.RandomNormal(stddev=3))
+    return classifier(lambda f: layers.Lambda(lambda x: ops.softmax(x / 1.2), name="calibrated")(head(gap()(f))))
+
+
+class Gated(layers.Layer):
+    """Its activation is applied to its input."""
+
+    def __init__(self, activation=None):
+        super().__init__(name="gated")
+        self.activation = activation
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1], CLASSES))
+
+    def call(self, inputs):
+        return ops.matmul(keras.activations.get(self.activation)(inputs), self.w)
+
+
+@refused("gated", "not affine")
+def activation_before_the_weights():
+    return classifier(lambda f: Gated(keras.activations.softmax)(gap()(f)))
+
+
+@refused("gated", "not affine")
+def activation_by_name():
+    return classifier(lambda f: Gated("softmax")(gap()(f)))
+
+
+@refused("part", "takes neither mean nor maximum")
+def pooling_of_a_part_of_the_maps():
+    return classifier(lambda f: dense()(layers.Flatten()(layers.AveragePooling2D(100, name="part")(f))), size=227)
+
+
+@refused("leaky", "not affine")
+def almost_linear():
+    return classifier(lambda f: dense()(layers.LeakyReLU(0.97, name="leaky")(dense()(gap()(f)))))
+
+
+@refused("choose one of its outputs: inner, inner")
+def outputs_of_the_same_name():
+    images, f = convolutions()
+    inner = keras.Model(images, [dense()(gap()(f)), dense()(gap()(f))], name="inner")
+    images = keras.Input((SIZE, SIZE, 3))
+    return keras.Model(images, inner(images))
+
+
+def test_a_layer_of_its_own_without_activation():
+    model = classifier(lambda f: Gated()(gap()(f)))
+    images = inputs_of(model)
+    assert_exact(cam.class_activation_model(model), model.predict(images, verbose=0), images)
+
+
+def test_outputs_have_the_names_of_their_dict():
+    images, f = convolutions()
+    pooled = gap()(f)
+    model = keras.Model(images, {"zeta": dense(name="a")(pooled), "alpha": dense("softmax", name="b")(pooled)})
+    images = inputs_of(model)
+    expected = model.predict(images, verbose=0)
+    for name in ("zeta", "alpha"):
+        assert_exact(cam.class_activation_model(model, name), expected[name], images)
+
+
 @pytest.mark.parametrize(("build", "parts"), REFUSED.values(), ids=REFUSED)
 def test_no_exact_map(build, parts):
     with pytest.raises(ValueError, match="has no exact class activation map: ") as error:

@@ -132,7 +132,16 @@ def test_what_cannot_be_loaded_is_said_what_it_is(tmp_path, name, save, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"digits": true}', '{"pixel_range": [1, 0]}', '{"pixel_range": 1}', '{"short_side": 0}']
+    "text",
+    [
+        "{",
+        "[]",
+        '{"digits": true}',
+        '{"pixel_range": [1, 0]}',
+        '{"pixel_range": 1}',
+        '{"short_side": 0}',
+        '{"digit": "false"}',
+    ],
 )
 def test_damaged_settings_of_images_are_named(tmp_path, text):
     (tmp_path / "mine_images.json").write_text(text)
