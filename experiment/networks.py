@@ -125,6 +125,8 @@ def load_images_settings(path):
     pixel_range    what black and white are to the model; by default 0 and 255
     """
     file = images_file(Path(path))
+    if Path(path).suffix.lower() not in KERAS_SUFFIXES:  # a checkpoint of the original
+        return {"digit": True, "pixel_range": (0, 255)}
     if not file.exists():
         return {}
     try:

@@ -47,6 +47,7 @@ def test_the_originals_checkpoint_is_its_network_on_one_channel(checkpoint):
     rgb = lenet(channels=3)
     rgb.set_weights(list(weights.values()))
     np.testing.assert_allclose(model(images), rgb(images.repeat(3, axis=3)), rtol=1e-4)
+    assert load_images_settings(path)["digit"]
 
 
 def test_evaluate_takes_a_checkpoint_and_a_saved_model(checkpoint, tmp_path, random_images):
