@@ -40,9 +40,10 @@ def load_network(path):
         if suffix not in KERAS_SUFFIXES:
             return load_tf1_checkpoint(path)
         with tempfile.TemporaryDirectory() as folder:
+            file = path
             if path.suffix != suffix:  # which Keras does not know
-                path = Path(shutil.copy(path, Path(folder) / f"{path.stem}{suffix}"))
-            return keras.models.load_model(path, compile=False)
+                file = shutil.copy(path, Path(folder) / f"{path.stem}{suffix}")
+            return keras.models.load_model(file, compile=False)
     except Exception as error:  # whatever Keras or TensorFlow raises for a broken or hostile file
         raise UserError(f"{path} {reason(path, str(error))}") from None
 

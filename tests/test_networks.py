@@ -72,7 +72,7 @@ def test_evaluate_takes_a_network_with_max_pooling(tmp_path, random_images):
     assert "MaxBoxAcc" in process.stdout
 
 
-@pytest.mark.parametrize("name", ["missing", "missing.keras", "text", "text.keras", "zip.keras"])
+@pytest.mark.parametrize("name", ["missing", "missing.keras", "text", "text.keras", "text.KERAS", "zip.keras"])
 def test_what_is_no_network_is_named(tmp_path, name):
     path = tmp_path / name
     if name.startswith("text"):
