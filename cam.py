@@ -21,7 +21,6 @@ from skimage import measure
 # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
 JIT_COMPILE = False if keras.backend.backend() == "tensorflow" else "auto"
 ACTIVATIONS = {"linear": ops.copy, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax}
-
 PROBE = 256  # an F_k that makes w_k^c F_k large against rounding errors of b_c
 
 
@@ -121,6 +120,7 @@ class LogitsAndMaps(layers.Layer):
         kinds = {tensor.dtype for operation in operations for tensor in operation.inputs + operation.outputs}
         kinds |= {getattr(operation.operations[-1], "dtype_policy", self.dtype_policy).name for operation in operations}
         self.tolerance = 0.001 if kinds == {"float32"} else 0.03  # of the largest value: more if numbers are rounded
+
         pooling, rng = operations[0], np.random.default_rng(0)
         x = rng.normal(1, 2, [8, *(size or 5 for size in pooling.input_shape[1:])]).astype(np.float32)
         if not any(is_close(pooling(x), pool(x, axis=(1, 2)), self.tolerance) for pool in (ops.mean, ops.max)):
@@ -146,7 +146,7 @@ class LogitsAndMaps(layers.Layer):
         return logits, class_activation_map(feature_maps, softmax_weights)
 
     def softmax_weights_and_biases(self):
-        """w_k^c (K, C) and b_c (C,): S_c is b_c if all F_k are zero, and F_k w_k^c + b_c if the others are."""
+        """w_k^c (K, C) and b_c (C,): S_c is b_c if all F_k are zero, and F_k w_k^c + b_c if only F_k is not."""
         shape = self.operations[0].output_shape[1:]  # (K,) or (1, 1, K)
         pooled = PROBE * ops.eye(shape[-1] + 1, shape[-1])  # each F_k alone, and zeros
         logits = self.run(self.head, ops.reshape(pooled, (-1, *shape)))

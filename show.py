@@ -8,7 +8,7 @@
 
 Writes a figure for each image: the maps of the classes with the highest scores, on one scale, each with the box around
 its largest connected component above 20% of the maximum. Prints scores and boxes (x0, y0, x1, y1, half-open, in pixels
-of the image), and writes them as a table, boxes.csv. A file mine_classes.txt beside mine.keras may name the classes,
+of the image), and writes them to boxes.csv. A file mine_classes.txt beside mine.keras may name the classes,
 one a line.
 
 AlexNet gets the photo scaled to 256 pixels on its short side, LeNet a digit as in MNIST: light on black, 20 pixels
@@ -131,6 +131,10 @@ class Network:
                 preprocess_input = importlib.import_module(f"keras.applications.{preprocess}").preprocess_input
             except (ImportError, AttributeError):
                 raise UserError(f"--preprocess {preprocess} is not a module of keras.applications") from None
+        if pixel_range and (preprocess_input or pixel_range[0] >= pixel_range[1]):
+            raise UserError(
+                "--pixel-range takes the lower value first, and only where no other preprocessing is applied"
+            )
         self.cam_model = to_cam_model(model, output)
         self.settings, self.preprocess_input = settings, preprocess_input
         self.pixel_range = pixel_range or settings.get("pixel_range", (0, 255))
@@ -201,10 +205,10 @@ def figure_names(paths):
     """A name for the figure of each image: cam_NAME, or cam_FOLDER_NAME or cam_FOLDER_NAME_2 if that is taken."""
     stems, names = [path.stem for path in paths], []
     for path in paths:
-        name = first = (
-            f"cam_{path.stem}" if stems.count(path.stem) == 1 else f"cam_{path.resolve().parent.name}_{path.stem}"
-        )
-        count = 1
+        first = f"cam_{path.stem}"
+        if stems.count(path.stem) > 1:
+            first = f"cam_{path.resolve().parent.name}_{path.stem}"
+        name, count = first, 1
         while name in names:
             count += 1
             name = f"{first}_{count}"
@@ -218,8 +222,6 @@ def main(settings):
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} is missing")
-    if settings.pixel_range and (settings.preprocess or settings.pixel_range[0] >= settings.pixel_range[1]):
-        raise UserError("--pixel-range takes the lower value first, and no --preprocess beside it")
     network = Network(settings.model, settings.pixel_range, settings.preprocess, settings.output)
     count = len(network.class_names)
     if chosen and (len(chosen) not in (1, len(paths)) or min(chosen) < 0 or max(chosen) >= count):

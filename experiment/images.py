@@ -31,7 +31,7 @@ def read_picture(source):
         A `Picture`.
 
     Raises:
-        UserError: The file is missing, or no picture; or the array is none.
+        UserError: The file is missing or is not an image, or the array has another shape or type.
     """
     name = "the array" if isinstance(source, np.ndarray) else source
     try:

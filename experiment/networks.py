@@ -176,6 +176,9 @@ def keras_application(name, weights="imagenet"):
         codes = np.eye(model.output_shape[-1], dtype=np.float32)
         class_names = [decoded[0][1].replace("_", " ") for decoded in module.decode_predictions(codes, top=1)]
     except Exception as error:  # of the download
-        print(f"no class names, only numbers: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        print(
+            f"the class names cannot be loaded, so numbers are shown: {' '.join(str(error).split())[:200]}",
+            file=sys.stderr,
+        )
         class_names = None
     return model, module.preprocess_input, class_names

@@ -219,7 +219,7 @@ def test_without_network(monkeypatch, capsys, downloads):
     _, _, class_names = keras_application("ResNet50")
     assert class_names is None
     assert capsys.readouterr().err.splitlines() == [
-        "no class names, only numbers: URL fetch failure on https://...: None"
+        "the class names cannot be loaded, so numbers are shown: URL fetch failure on https://...: None"
     ]
 
 

@@ -193,6 +193,9 @@ def test_settings_that_do_not_fit_the_network(tmp_path):
     (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
     with pytest.raises(UserError, match=r"fixed size, and short_side in .*mine_images\.json"):
         show.Network(tmp_path / "mine.keras")
+    for preprocess, pixel_range in (("resnet", (0, 1)), (None, (1, 0))):
+        with pytest.raises(UserError, match="--pixel-range"):
+            show.Network(classifier(), pixel_range, preprocess)
     with pytest.raises(UserError, match="grey images"):
         show.Network(classifier(size=(32, 40, 1)), preprocess="resnet")
     with pytest.raises(UserError, match="neither a file nor a network"):
