@@ -2,20 +2,23 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import keras
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from cam import overlay, upsample
+from cam import bounding_box, normalize, overlay, upsample
 from experiment.files import atomic_write
+from experiment.grid import SIDE, beside, draw_box, enlarge, fit, on_one_scale, save_grid, save_picture, to_image
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
-from experiment.page import write_page
+from experiment.units import get_softmax_weights, largest_terms, receptive_field, unit_model
 
-SIDE = 400  # pixels, about: pictures are enlarged by a whole number
-MIN_CELL = 64  # pixels, of a picture's place in a grid
 STRIP_LENGTH = 6  # maps in a strip
-MAX_CLASSES = 10  # in classes.png
+MAX_CLASSES = 10  # in classes.png, patterns.png and units.png
+EXAMPLES = 8  # images of each class in patterns.png, and of each unit in units.png
+CANDIDATES = 50  # test images of each class, the first, from which these are chosen
+UNITS = 3  # of each class in units.png
+BATCH = 50  # images in a forward pass
 
 
 def save_images(out, images):
@@ -36,35 +39,21 @@ def save_heatmaps(out, step, images, heatmaps):
         list(pool.map(save, range(len(images))))
 
 
-def enlarge(picture, side=SIDE):
-    """Repeats each pixel, so that the longer side has about `side`: (H, W, ...) -> (n H, n W, ...)."""
-    times = max(1, round(side / max(picture.shape[:2])))
-    return picture.repeat(times, axis=1).repeat(times, axis=0)
-
-
-def save_picture(picture, path):
-    """Writes (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG."""
-    with atomic_write(path) as part:
-        to_image(picture).save(part, compress_level=1)  # level 6 takes three times as long for a tenth less
-
-
-def to_image(picture):
-    """Pillow image of (H, W), (H, W, 1) or (H, W, 3) uint8."""
-    return Image.fromarray(picture[:, :, 0] if picture.shape[2:] == (1,) else picture)
-
-
-def save_figures(out, cam_model, samples, class_names, history):
-    """Writes the figures that sum up a run, and the page.
+def save_figures(out, cam_model, test, class_names, history):
+    """Writes the figures that sum up a run.
 
     img_S/evolution.png    some maps of test image S in one strip, with step and predicted class
     img_S/classes.png      its maps of all classes (of many, the top ten) on one scale about zero, with logits S_c
+    img_S/procedure.png    equation (2): the five largest terms w_k^c f_k, the rest, and their sum M_c
     overview.png           for each class one image, and its maps through the training
+    patterns.png           for each class (of many, the first ten) the images with the highest S_c, with map and box
+    units.png              for each of these classes the units with the largest w_k^c, and what they respond to
     accuracy.png           accuracy and localization on test images against training images seen
 
     Args:
         out: Folder of the run.
         cam_model: Model made by `class_activation_model` from the trained model.
-        samples: The test images that heatmaps were drawn of, as a `Split`.
+        test: The test images, as a `Split`. The first of them are the samples, of which heatmaps were drawn.
         class_names: Names of the C classes.
         history: `RunFolder.history`.
     """
@@ -72,21 +61,55 @@ def save_figures(out, cam_model, samples, class_names, history):
     # Most happens early: steps at about equal ratios, the first and the last among them.
     positions = np.unique(np.geomspace(1, len(history), STRIP_LENGTH).round().astype(int)) - 1
     rows = [history[position] for position in positions]
+    samples = test.first(len(history[-1]["predicted"]))
     first_of_class = np.unique(samples.labels, return_index=True)[1]
     strips = [strip(out, index, samples.labels[index], rows, class_names) for index in first_of_class]
     save_grid(out / "overview.png", strips, SIDE // 2)
-    for index, (image, label) in enumerate(zip(samples.images, samples.labels, strict=True)):
-        save_grid(out / f"img_{index}" / "evolution.png", [strip(out, index, label, rows, class_names)])
-        logits, maps = (output[0] for output in cam_model.predict_on_batch(image[None]))  # S_c (C,), M_c (h, w, C)
-        shown = np.argsort(-logits)[:MAX_CLASSES]
-        if len(logits) <= MAX_CLASSES:
-            shown.sort()
-        titles = [(f"test image {index}: {class_names[label]}", "black")]
-        for c in shown:
-            color = "black" if c != logits.argmax() else "seagreen" if c == label else "firebrick"
-            titles.append((f"{class_names[c]}: S = {logits[c]:z.1f}", color))
-        save_class_maps(out / f"img_{index}" / "classes.png", image, maps[:, :, shown], titles)
-    write_page(out, samples, class_names, history)
+
+    model, softmax_weights = unit_model(cam_model), get_softmax_weights(cam_model)
+
+    def save_sample(index, feature_maps, pooled, logits, maps):
+        folder, image, label = out / f"img_{index}", samples.images[index], samples.labels[index]
+        save_grid(folder / "evolution.png", [strip(out, index, label, rows, class_names)])
+        title = f"test image {index}: {class_names[label]}"
+        shown = top_classes(logits)
+        titles = [f"{class_names[c]}: S = {logits[c]:z.1f}" for c in shown]
+        colors = ["black" if c != logits.argmax() else "seagreen" if c == label else "firebrick" for c in shown]
+        titles = [(title, "black"), *zip(titles, colors, strict=True)]
+        save_class_maps(folder / "classes.png", image, maps[:, :, shown], titles)
+        terms = largest_terms(feature_maps, pooled, softmax_weights[:, label])
+        save_procedure(folder / "procedure.png", image, title, class_names[label], terms)
+
+    with ThreadPoolExecutor() as pool:
+        for batch in batches(len(samples.images)):
+            outputs = model.predict_on_batch(samples.images[batch])
+            list(pool.map(save_sample, range(batch.start, batch.stop), *outputs))
+
+    shown = range(min(len(class_names), MAX_CLASSES))
+    candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in shown])
+    candidates = test._replace(images=test.images[candidates], labels=test.labels[candidates], boxes=None)
+    units = np.argsort(-softmax_weights[:, shown], axis=0, kind="stable")[:UNITS].T  # k (classes shown, UNITS)
+    scores, maps, responses = [], [], []  # S_c (N,) and M_c (N, h, w) of the true classes; f_k (N, h, w, units)
+    for batch in batches(len(candidates.labels)):
+        feature_maps, _, logits, class_maps = model.predict_on_batch(candidates.images[batch])
+        for index, label in enumerate(candidates.labels[batch]):
+            scores.append(logits[index, label])
+            maps.append(class_maps[index, :, :, label])
+            responses.append(feature_maps[index][:, :, units.ravel()])
+    save_patterns(out / "patterns.png", candidates, np.array(scores), maps, class_names)
+    titles = [f"{class_names[c]}: unit {k}, w = {softmax_weights[k, c]:z.2f}" for c in shown for k in units[c]]
+    field = receptive_field(keras.Model(model.input, model.outputs[0]), *test.images.shape[1:3])
+    save_units(out / "units.png", candidates.images, np.array(responses), titles, field)
+
+
+def batches(count):
+    """Slices of at most BATCH indices each, which cover 0..count-1."""
+    return [slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+
+
+def top_classes(logits):
+    """The classes to show, 0..C-1: all in their order, or of many those with the highest logits (C,)."""
+    return np.arange(len(logits)) if len(logits) <= MAX_CLASSES else np.argsort(-logits)[:MAX_CLASSES]
 
 
 def strip(out, index, label, rows, class_names):
@@ -102,85 +125,88 @@ def strip(out, index, label, rows, class_names):
 
 
 def save_class_maps(path, image, maps, titles, boxes=()):
-    """Writes an image, and over it its maps for several classes, all on one scale, symmetric about zero.
-
-    So the middle colour means "no evidence", colours above it evidence for the class, and colours below it against.
+    """Writes an image, and over it its maps for several classes, all on one scale.
 
     Args:
         path: File to write.
         image: (H, W, 1 or 3) uint8.
-        maps: (h, w, K).
-        titles: K + 1 pairs of title and color, the first for the image.
+        maps: (h, w, n).
+        titles: n + 1 pairs of title and color, the first for the image.
         boxes: A box of each map, in pixels of the image, or None.
     """
-    picture = fit(to_image(image), min(max(*image.shape[:2], SIDE // 2), SIDE))
-    width, height = picture.size
-    limit = max(np.abs(maps).max(), np.finfo(np.float32).tiny)
-    heatmaps = (upsample(maps[None], height, width)[0] / limit + 1) / 2  # (H, W, K): 0.5 where a map is zero
-    heatmaps = np.moveaxis(heatmaps.clip(0, 1), 2, 0)
-    pictures = [picture, *(to_image(overlay(np.asarray(picture), heatmap)) for heatmap in heatmaps)]
-    for mapped, box in zip(pictures[1:], boxes, strict=False):
-        if box:
-            x0, y0, x1, y1 = (edge * width / image.shape[1] for edge in box)
-            ImageDraw.Draw(mapped).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="white", width=2)
-    row = [(one, title, color) for one, (title, color) in zip(pictures, titles, strict=True)]
-    row.append((color_scale(limit, max(width, MIN_CELL), max(height, MIN_CELL)), "scale", "black"))
+    pictures = on_one_scale(image, maps, min(max(*image.shape[:2], SIDE // 2), SIDE), boxes)
+    row = [(one, title, color) for one, (title, color) in zip(pictures, [*titles, ("scale", "black")], strict=True)]
     save_grid(path, [row[start : start + 6] for start in range(0, len(row), 6)])
 
 
-def fit(picture, side):
-    """Scales a Pillow image so that its longer side has `side` pixels; enlarged pixels stay squares."""
-    scale = side / max(picture.size)
-    return picture.resize([max(1, round(scale * length)) for length in picture.size], Image.Resampling.BOX)
-
-
-def color_scale(limit, width, height):
-    """A picture of the colormap from -limit to limit."""
-    values = np.linspace(1, 0, height)[:, None].repeat(width // 4, axis=1)
-    bar = overlay(np.zeros(values.shape, np.uint8), values, opacity=1)
-    picture = Image.new("RGB", (width, height), "white")
-    picture.paste(Image.fromarray(bar))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(8, width // 8))
-    for share, value in ((0.08, limit), (0.5, 0), (0.92, -limit)):
-        draw.text((width * 0.3, height * share), f"{value:.4g}", "black", font, anchor="lm")
-    return picture
-
-
-def save_grid(path, rows, side=None):
-    """Writes rows of pictures as one.
+def save_procedure(path, image, title, class_name, terms):
+    """Writes an image, and over it the terms of equation (2) and their sum, the class activation map, on one scale.
 
     Args:
         path: File to write.
-        rows: Lists of (Pillow image, title, color of the title).
-        side: Pixels of a picture's longer side in the grid; None for the size that the pictures have.
+        image: (H, W, 1 or 3) uint8.
+        title: Title of the image.
+        class_name: Name of the class.
+        terms: `Terms` of the class.
     """
-    width, height = fit(rows[0][0][0], side or max(rows[0][0][0].size)).size
-    width, height = max(width, MIN_CELL), max(height, MIN_CELL)  # room for the title of a very narrow picture
-    size = min(28, width // 8)
-    longest = max(load_font(size, title).getlength(title) for row in rows for _, title, _ in row)
-    title_size = min(size, 0.95 * size * width / longest)
-    title_height, gap = 2 * size, 8  # pixels
-    grid = Image.new("RGB", (max(map(len, rows)) * (width + gap), len(rows) * (title_height + height)), "white")
-    draw = ImageDraw.Draw(grid)
-    for y, row in enumerate(rows):
-        for x, (picture, title, color) in enumerate(row):
-            left, top = x * (width + gap), y * (title_height + height)
-            grid.paste(fit(picture, max(width, height)), (left, top + title_height))
-            middle = left + width // 2, top + title_height // 2
-            draw.text(middle, title, color, load_font(title_size, title), anchor="mm")
-    save_picture(np.asarray(grid), path)
+    named = zip(terms.units, terms.weights, terms.parts, strict=False)  # the last part is that of all others
+    titles = [title, *(f"{weight:+z.2f} f{unit}: {part:+z.2f} of S" for unit, weight, part in named)]
+    titles += [f"all others: {terms.parts[-1]:+z.2f} of S", f"= map of {class_name}: S = {terms.parts.sum():z.2f}"]
+    maps = np.dstack([terms.maps, terms.maps.sum(axis=2)])
+    save_class_maps(path, image, maps, [(text, "black") for text in titles])
 
 
-def load_font(size, text):
-    """Pillow's font, or for other scripts one of this machine that has them; what none has, is drawn as boxes."""
-    characters = set(map(ord, text))
-    if max(characters, default=0) < 0x80:
-        return ImageFont.load_default(size)
-    fonts = [font for font in font_manager.fontManager.ttflist if (font.style, font.weight) == ("normal", 400)]
-    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):
-        if "Last Resort" not in font.name and characters <= font_manager.get_font(font.fname).get_charmap().keys():
-            return ImageFont.truetype(font.fname, size)
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+def save_patterns(path, candidates, scores, maps, class_names):
+    """Writes a row for each class: its images with the highest scores, with map and box.
+
+    Args:
+        path: File to write.
+        candidates: `Split` of N images.
+        scores, maps: S_c (N,) and M_c (N, h, w) of their true classes.
+        class_names: Names of the classes.
+    """
+    rows = []
+    for label in np.unique(candidates.labels):
+        of_class = np.flatnonzero(candidates.labels == label)
+        rows.append([])
+        for index in of_class[np.argsort(-scores[of_class], kind="stable")][:EXAMPLES]:
+            image = candidates.images[index]
+            class_map = upsample(maps[index][None], *image.shape[:2])[0]
+            picture = fit(to_image(overlay(image, normalize(class_map))), SIDE // 2)
+            draw_box(picture, bounding_box(class_map), image.shape[1])
+            rows[-1].append((picture, f"{class_names[label]}: S = {scores[index]:z.1f}", "black"))
+    save_grid(path, rows)
+
+
+def save_units(path, images, responses, titles, field):
+    """Writes for each unit the images that it responds to most, at the place where it does; three units in a row.
+
+    Args:
+        path: File to write.
+        images: (N, H, W, 1 or 3) uint8.
+        responses: f_k of n units, (N, h, w, n).
+        titles: Titles of the units, (n,).
+        field: The receptive field, as `receptive_field` returns it. If it covers more than half of an image, the whole
+            image is shown, with f_k over it.
+    """
+    height, width = images.shape[1:3]
+    (top, down, rows), (left, right, columns) = field
+    cells = []
+    for unit, title in enumerate(titles):
+        strongest = responses[..., unit].max(axis=(1, 2))
+        pictures = []
+        for index in np.argsort(-strongest, kind="stable")[:EXAMPLES]:
+            f = responses[index, :, :, unit]
+            if 2 * rows * columns > height * width:
+                picture = overlay(images[index], normalize(upsample(f[None], height, width)[0]))
+            else:
+                y, x = np.unravel_index(f.argmax(), f.shape)
+                padded = np.pad(images[index], [(rows, rows), (columns, columns), (0, 0)])  # black beyond the border
+                y, x = rows + top + down * y, columns + left + right * x
+                picture = padded[y : y + rows, x : x + columns]
+            pictures.append(fit(to_image(picture), SIDE // 4))
+        cells.append((beside(pictures), title, "black"))
+    save_grid(path, [cells[start : start + UNITS] for start in range(0, len(cells), UNITS)])
 
 
 def save_accuracy(path, history):

@@ -1,0 +1,127 @@
+"""What the figures are made of: pictures in rows, each with a title."""
+
+from functools import lru_cache
+
+import numpy as np
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+
+from cam import overlay, upsample
+from experiment.files import atomic_write
+
+SIDE = 400  # pixels, about: pictures are enlarged by a whole number
+MIN_CELL = 64  # pixels, of a picture's place in a grid
+GAP = 8  # pixels between two pictures
+load_default_font = lru_cache(ImageFont.load_default)
+
+
+def enlarge(picture, side=SIDE):
+    """Repeats each pixel, so that the longer side has about `side`: (H, W, ...) -> (n H, n W, ...)."""
+    times = max(1, round(side / max(picture.shape[:2])))
+    return picture.repeat(times, axis=1).repeat(times, axis=0)
+
+
+def save_picture(picture, path):
+    """Writes (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG."""
+    with atomic_write(path) as part:
+        to_image(picture).save(part, compress_level=1)  # level 6 takes three times as long for a tenth less
+
+
+def to_image(picture):
+    """Pillow image of (H, W), (H, W, 1) or (H, W, 3) uint8."""
+    return Image.fromarray(picture[:, :, 0] if picture.shape[2:] == (1,) else picture)
+
+
+def fit(picture, side):
+    """Scales a Pillow image so that its longer side has `side` pixels; enlarged pixels stay squares."""
+    if max(picture.size) == side:
+        return picture
+    scale = side / max(picture.size)
+    return picture.resize([max(1, round(scale * length)) for length in picture.size], Image.Resampling.BOX)
+
+
+def draw_box(picture, box, width):
+    """Draws a box, in pixels of an image of that width, on an enlarged Pillow image of it. None draws nothing."""
+    if box:
+        x0, y0, x1, y1 = (edge * picture.width / width for edge in box)
+        ImageDraw.Draw(picture).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="white", width=2)
+
+
+def on_one_scale(image, maps, side, boxes=()):
+    """Pillow images of an image, of its maps laid over it on one scale, symmetric about zero, and of that scale.
+
+    So the middle colour means "no evidence", colours above it evidence for the class, and colours below it against.
+
+    Args:
+        image: (H, W, 1 or 3) uint8.
+        maps: (h, w, n).
+        side: Pixels of the longer side of each picture.
+        boxes: A box of each map, in pixels of the image, or None.
+    """
+    picture = fit(to_image(image), side)
+    width, height = picture.size
+    limit = max(np.abs(maps).max(), np.finfo(np.float32).tiny)
+    heatmaps = (upsample(maps[None], height, width)[0] / limit + 1) / 2  # (H, W, n): 0.5 where a map is zero
+    heatmaps = np.moveaxis(heatmaps.clip(0, 1), 2, 0)
+    pictures = [to_image(overlay(np.asarray(picture), heatmap)) for heatmap in heatmaps]
+    for mapped, box in zip(pictures, boxes, strict=False):
+        draw_box(mapped, box, image.shape[1])
+    return [picture, *pictures, color_scale(limit, max(width, MIN_CELL), max(height, MIN_CELL))]
+
+
+def color_scale(limit, width, height):
+    """A picture of the colormap from -limit to limit."""
+    values = np.linspace(1, 0, height)[:, None].repeat(width // 4, axis=1)
+    bar = overlay(np.zeros(values.shape, np.uint8), values, opacity=1)
+    picture = Image.new("RGB", (width, height), "white")
+    picture.paste(Image.fromarray(bar))
+    draw, font = ImageDraw.Draw(picture), load_default_font(max(8, width // 8))
+    for share, value in ((0.08, limit), (0.5, 0), (0.92, -limit)):
+        draw.text((width * 0.3, height * share), f"{value:.4g}", "black", font, anchor="lm")
+    return picture
+
+
+def beside(pictures):
+    """One Pillow image of several of one size, closer to each other than the pictures of a grid."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", (len(pictures) * (width + GAP // 4), height), "white")
+    for index, picture in enumerate(pictures):
+        row.paste(picture, (index * (width + GAP // 4), 0))
+    return row
+
+
+def save_grid(path, rows, side=None):
+    """Writes rows of pictures as one.
+
+    Args:
+        path: File to write.
+        rows: Lists of (Pillow image, title, color of the title).
+        side: Pixels of a picture's longer side in the grid; None for the size that the pictures have.
+    """
+    width, height = fit(rows[0][0][0], side or max(rows[0][0][0].size)).size
+    width, height = max(width, MIN_CELL), max(height, MIN_CELL)  # room for the title of a very narrow picture
+    size = min(28, width // 8, height // 3)
+    longest = max(load_font(size, title).getlength(title) for row in rows for _, title, _ in row)
+    title_size = min(size, 0.95 * size * width / longest)
+    title_height = 2 * size  # pixels
+    grid = Image.new("RGB", (max(map(len, rows)) * (width + GAP), len(rows) * (title_height + height)), "white")
+    draw = ImageDraw.Draw(grid)
+    for y, row in enumerate(rows):
+        for x, (picture, title, color) in enumerate(row):
+            left, top = x * (width + GAP), y * (title_height + height)
+            grid.paste(fit(picture, max(width, height)), (left, top + title_height))
+            middle = left + width // 2, top + title_height // 2
+            draw.text(middle, title, color, load_font(title_size, title), anchor="mm")
+    save_picture(np.asarray(grid), path)
+
+
+def load_font(size, text):
+    """Pillow's font, or for other scripts one of this machine that has them; what none has, is drawn as boxes."""
+    characters = set(map(ord, text))
+    if max(characters, default=0) < 0x80:
+        return load_default_font(size)
+    fonts = [font for font in font_manager.fontManager.ttflist if (font.style, font.weight) == ("normal", 400)]
+    for font in sorted(fonts, key=lambda font: font.name != "DejaVu Sans"):
+        if "Last Resort" not in font.name and characters <= font_manager.get_font(font.fname).get_charmap().keys():
+            return ImageFont.truetype(font.fname, size)
+    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
