@@ -22,6 +22,7 @@ from experiment.figures import save_figures, save_heatmaps, save_images
 from experiment.files import UserError
 from experiment.metrics import evaluate, predict_class_maps
 from experiment.networks import load_torchvision_convolutions
+from experiment.pages import Page
 from experiment.run import RunFolder, run_main, set_seed
 from experiment.schedule import batch_indices, warmup_cosine
 from experiment.settings import fill_in_recipe, make_parser
@@ -84,6 +85,7 @@ def main(settings):
     print(f"{settings.steps:,} steps of {settings.batch_size} photos, {settings.recipe} recipe, {settings.precision}")
     samples = test.first(settings.samples)
     save_images(settings.out, samples.images)
+    page = Page(settings.out, samples, names)
     batches = prefetch(lambda step: make_batch(train, settings, step), range(max(run.step, 0), settings.steps))
 
     for step in run.steps():  # step 0 comes before training
@@ -101,11 +103,14 @@ def main(settings):
             heatmaps = cam.normalize(cam.upsample(maps, SIDE, SIDE))
             save_heatmaps(settings.out, step, samples.images, heatmaps)
             run.record(metrics, len(tested.labels), predicted, maps)
+            page.renew(cam_model, run.history)
 
     # The same weights in float32 layers, for any machine
     trained = alexnet(len(names))
     trained.set_weights(model.get_weights())
-    save_figures(settings.out, cam.class_activation_model(trained), samples, names, run.history)
+    cam_model = cam.class_activation_model(trained)
+    save_figures(settings.out, cam_model, test, names, run.history)
+    page.renew(cam_model, run.history, finished=True)
     run.finish(trained, names, images={"short_side": SHORT_SIDE, "pixel_range": (0, 255)})
 
 

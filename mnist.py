@@ -17,6 +17,7 @@ from experiment.figures import save_figures, save_heatmaps, save_images
 from experiment.files import UserError
 from experiment.metrics import evaluate, format_metrics, predict_class_maps
 from experiment.networks import load_network, to_cam_model
+from experiment.pages import Page, write_draw_page
 from experiment.run import RunFolder, run_main, set_seed
 from experiment.schedule import batch_indices, warmup_cosine
 from experiment.settings import fill_in_recipe, make_parser
@@ -56,6 +57,7 @@ RECIPES = {
     },
 }
 TEST_IMAGES = 100  # evaluated during training; the final evaluation takes all
+KEEP_WEIGHTS = 8  # steps whose weights are in out/draw.html
 
 
 def main(settings):
@@ -90,12 +92,14 @@ def main(settings):
     # The same layers and weights: images -> S_c, equation (1) (N, C), and M_c, equation (2) (N, 25, 25, C)
     cam_model = cam.class_activation_model(model)
 
-    run = RunFolder(settings, model)  # lock, checkpoint (restored into the model), progress, history
+    run = RunFolder(settings, model, KEEP_WEIGHTS)  # lock, checkpoint (restored into the model), progress, history
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
     samples = test.first(settings.samples)
     save_images(settings.out, samples.images)
+    names = [str(digit) for digit in range(CLASSES)]
+    page = Page(settings.out, samples, names)
 
     for step in run.steps():  # step 0 comes before training
         if step > 0:
@@ -112,12 +116,15 @@ def main(settings):
             heatmaps = cam.normalize(cam.upsample(maps, height, width))
             save_heatmaps(settings.out, step, samples.images, heatmaps)  # img_0/cmap_100.png ...
             run.record(metrics, len(tested.labels), predicted, maps)
+            page.renew(cam_model, run.history)
 
     # The same weights in float32 layers, for any machine
     trained = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
     trained.set_weights(model.get_weights())
-    names = [str(digit) for digit in range(CLASSES)]
-    save_figures(settings.out, cam.class_activation_model(trained), samples, names, run.history)
+    cam_model = cam.class_activation_model(trained)
+    save_figures(settings.out, cam_model, test, names, run.history)
+    write_draw_page(settings.out, trained, samples)
+    page.renew(cam_model, run.history, finished=True)
     run.finish(trained, names, images={"digit": True, "pixel_range": (0, 255)})
 
 

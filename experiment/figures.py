@@ -11,6 +11,7 @@ from cam import bounding_box, normalize, overlay, upsample
 from experiment.files import atomic_write
 from experiment.grid import SIDE, beside, draw_box, enlarge, fit, on_one_scale, save_grid, save_picture, to_image
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
+from experiment.schedule import spread
 from experiment.units import get_softmax_weights, largest_terms, receptive_field, unit_model
 
 STRIP_LENGTH = 6  # maps in a strip
@@ -58,9 +59,7 @@ def save_figures(out, cam_model, test, class_names, history):
         history: `RunFolder.history`.
     """
     save_accuracy(out / "accuracy.png", history)
-    # Most happens early: steps at about equal ratios, the first and the last among them.
-    positions = np.unique(np.geomspace(1, len(history), STRIP_LENGTH).round().astype(int)) - 1
-    rows = [history[position] for position in positions]
+    rows = [history[position] for position in spread(len(history), STRIP_LENGTH)]
     samples = test.first(len(history[-1]["predicted"]))
     first_of_class = np.unique(samples.labels, return_index=True)[1]
     strips = [strip(out, index, samples.labels[index], rows, class_names) for index in first_of_class]

@@ -15,9 +15,11 @@ from tqdm import tqdm
 from experiment.files import PART, UserError, acquire_lock, atomic_write
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, format_metrics
 from experiment.networks import class_names_file, images_file, save_network
+from experiment.schedule import spread
 
 SETTINGS, CHECKPOINT, PREVIOUS, LOCK = "settings.json", "checkpoint.npz", "checkpoint.previous.npz", "lock"
-OUTPUTS = (PREVIOUS, CHECKPOINT, "history.csv", "accuracy.png", "overview.png", "index.html")
+OUTPUTS = (PREVIOUS, CHECKPOINT, "history.csv", "accuracy.png", "overview.png", "patterns.png", "units.png")
+PAGES = ("index.html", "draw.html")
 NOT_COMPARED = ("out", "fresh", "epochs", "evaluate")  # settings that do not change what a run computes
 START = time.monotonic()
 
@@ -39,11 +41,13 @@ class RunFolder:
     checkpoint.previous.npz   the checkpoint before
     history.csv               a row per evaluation, see `history`
     maps/STEP.npy             class activation maps of the samples for their true classes, (S, H, W) float32
+    weights/STEP.npz          the model's weights at some steps, float32 by name
     lock                      number of the process that uses the folder
 
     Args:
         settings: Namespace of the settings: out, fresh, steps, every, batch_size, and others.
         model: The compiled model to train. Its weights are restored from the checkpoint, if there is one.
+        keep_weights: Number of steps whose weights are kept, among them the first and the last; most of them early.
 
     Attributes:
         step: Training steps done, those before an interruption included.
@@ -55,10 +59,12 @@ class RunFolder:
         UserError: The folder cannot be written, another process uses it, or it holds a run that cannot be resumed.
     """
 
-    def __init__(self, settings, model):
+    def __init__(self, settings, model, keep_weights=0):
         self.settings, self.model, self.out = settings, model, settings.out
         self.step, self.history, self.losses = -1, [], []  # losses: loss and accuracy of each batch since the last row
         self.model_file = self.out / f"{model.name}.keras"
+        due = [*range(0, settings.steps, settings.every), settings.steps]
+        self.kept = {due[position] for position in spread(len(due), keep_weights)}
         self.lock = lock_run_folder(self.out)
         exit_on_signals("stopped; run the same command again, without --fresh, to continue")
         if settings.fresh:
@@ -75,12 +81,13 @@ class RunFolder:
     def clear(self):
         """Deletes what a run writes, and nothing else: checkpoints first and settings last, in case of a kill."""
         beside = (class_names_file(self.model_file), images_file(self.model_file))
-        for path in *(self.out / name for name in OUTPUTS), self.model_file, *beside:
+        for path in *(self.out / name for name in OUTPUTS + PAGES), self.model_file, *beside:
             path.unlink(missing_ok=True)
         for folder in self.out.glob("img_*"):
             if folder.name.removeprefix("img_").isdecimal():
                 shutil.rmtree(folder)
-        shutil.rmtree(self.out / "maps", ignore_errors=True)
+        for name in "maps", "weights":
+            shutil.rmtree(self.out / name, ignore_errors=True)
         (self.out / SETTINGS).unlink(missing_ok=True)
 
     def steps(self):
@@ -124,6 +131,10 @@ class RunFolder:
         (self.out / "maps").mkdir(exist_ok=True)
         with atomic_write(self.out / "maps" / f"{self.step}.npy") as part, part.open("wb") as file:
             np.save(file, maps)
+        if self.step in self.kept:
+            (self.out / "weights").mkdir(exist_ok=True)
+            with atomic_write(self.out / "weights" / f"{self.step}.npz") as part, part.open("wb") as file:
+                np.savez(file, **{weight.path: np.asarray(weight) for weight in self.model.weights})
         loss, accuracy = np.mean(self.losses, axis=0).tolist() if self.losses else ("", "")
         row = {"step": self.step, "images": self.step * self.settings.batch_size, "loss": loss, "accuracy": accuracy}
         row |= {"test_images": test_images} | {f"test_{name}": value for name, value in metrics.items()}

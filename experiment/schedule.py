@@ -28,3 +28,8 @@ def warmup_cosine(peak, steps, warmup):
     """Learning rate that rises to its peak in a share of the steps, `warmup`, then falls to 0 along a cosine."""
     warmup = max(1, round(warmup * steps))
     return keras.optimizers.schedules.CosineDecay(0.0, max(1, steps - warmup), warmup_target=peak, warmup_steps=warmup)
+
+
+def spread(count, chosen):
+    """Positions in a list of `count`, about `chosen` of them at about equal ratios: the first, the last, many early."""
+    return np.unique(np.geomspace(1, count, chosen).round().astype(int)) - 1

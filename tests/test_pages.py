@@ -7,10 +7,10 @@ import subprocess
 
 import numpy as np
 import pytest
+from experiment.page import MAX_STEPS, write_page
 
 from cam import bounding_box, normalize, overlay, upsample
 from data.dataset import Split
-from experiment.page import MAX_STEPS, write_page
 
 HAND = """<script>
 const report = {}, at = (step) => { slider.value = step; slider.dispatchEvent(new Event("input")); };
