@@ -62,9 +62,10 @@ def test_what_a_run_writes(small_run, archive):
     maps = [f"cmap_{step}.png" for step in (0, 2, 3)]
     for sample in range(4):
         assert sorted(path.name for path in (out / f"img_{sample}").iterdir()) == sorted(
-            [*maps, "classes.png", "evolution.png", "image_test.png"]
+            [*maps, "classes.png", "evolution.png", "image_test.png", "procedure.png"]
         )
     wanted = {"accuracy.png", "alexnet.keras", "alexnet_classes.txt", "history.csv", "index.html", "overview.png"}
+    wanted |= {"patterns.png", "units.png"}
     assert wanted < {path.name for path in out.iterdir()}
     assert (out / "alexnet_classes.txt").read_text() == "disc\nsquare\nstripes\n"
     history = rows(out / "history.csv")

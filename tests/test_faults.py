@@ -92,6 +92,8 @@ def assert_nothing_is_half_written(out):
             assert len(set(steps)) == len(steps)
         elif path.suffix == ".keras":
             keras.models.load_model(path)
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>")
 
 
 def test_a_run_killed_twenty_times_ends_as_one_that_was_never_stopped(small_data, whole_run, tmp_path):
@@ -122,6 +124,7 @@ def test_a_run_that_is_asked_to_stop_ends_the_step_and_saves(small_data, whole_r
     assert errors.split("\n")[-2:] == ["stopped; run the same command again, without --fresh, to continue", ""]
     assert not list(tmp_path.rglob(PART + "*"))
     assert not (tmp_path / "lenet.keras").exists()
+    assert '"running": {' in (tmp_path / "index.html").read_text()  # a run that was stopped has a page, too
     continued = run(*command(small_data, tmp_path))
     assert continued.returncode == 0, continued.stderr
     assert "resuming after step" in continued.stdout
@@ -204,7 +207,7 @@ def limited(size):
 def test_a_full_disk_in_training(small_data, stopped_run):
     shutil.copy(stopped_run / "checkpoint.previous.npz", stopped_run / "checkpoint.npz")  # two steps to go
     before = contents(stopped_run)
-    process = start(small_data, stopped_run, **limited(100_000))  # a checkpoint has six times as much
+    process = start(small_data, stopped_run, **limited(300_000))  # a checkpoint has twice as much
     _, errors = process.communicate()
     assert process.returncode == 2
     assert "mnist.py: " in errors

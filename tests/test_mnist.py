@@ -31,13 +31,17 @@ def test_what_a_run_writes(small_run):
     maps = [f"cmap_{step}.png" for step in (0, 2, 4, 5)]
     for sample in range(4):
         assert sorted(path.name for path in (out / f"img_{sample}").iterdir()) == sorted(
-            [*maps, "classes.png", "evolution.png", "image_test.png"]
+            [*maps, "classes.png", "evolution.png", "image_test.png", "procedure.png"]
         )
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(
         [
-            *("accuracy.png", "checkpoint.npz", "checkpoint.previous.npz", "history.csv", "index.html", "lenet.keras"),
-            *("lenet_classes.txt", "lenet_images.json", "lock", "overview.png", "settings.json"),
+            *("accuracy.png", "checkpoint.npz", "checkpoint.previous.npz", "draw.html", "history.csv", "index.html"),
+            *("lenet.keras", "lenet_classes.txt", "lenet_images.json", "lock", "overview.png", "patterns.png"),
+            *("settings.json", "units.png"),
         ]
+    )
+    assert sorted(path.name for path in out.glob("*/*.np[yz]")) == sorted(
+        f"{step}.{kind}" for step in (0, 2, 4, 5) for kind in ("npy", "npz")
     )
     history = rows(out / "history.csv")
     assert [row["step"] for row in history] == ["0", "2", "4", "5"]
@@ -103,7 +107,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_run, s
     for one, other in zip(*weights, strict=True):
         np.testing.assert_array_equal(one, other)
     names = [path.relative_to(small_run[0]) for path in small_run[0].rglob("*") if path.suffix in (".png", ".csv")]
-    assert len(names) == 31
+    assert len(names) == 37
     for name in names:
         assert (tmp_path / "same" / name).read_bytes() == (small_run[0] / name).read_bytes(), name
     for name in "history.csv", "img_0/cmap_0.png", "img_0/cmap_5.png":
