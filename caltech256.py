@@ -83,6 +83,7 @@ def main(settings):
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} photos, {settings.recipe} recipe, {settings.precision}")
+    print(f"watch them in {settings.out / 'index.html'}", flush=True)
     samples = test.first(settings.samples)
     save_images(settings.out, samples.images)
     page = Page(settings.out, samples, names)
