@@ -80,7 +80,7 @@ def test_the_console_is_quiet(small_run):
     _, process = small_run
     assert process.stderr == ""
     lines = process.stdout.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 11
     assert "21 training images, 9 test images" in lines[0]
     assert "boxes.txt is missing" in lines[1]
     assert "on all 9 test images" in lines[-4]
