@@ -1,7 +1,8 @@
-"""Trains AlexNet on photos of Caltech-256, and shows where it looks while it learns.
+"""Trains AlexNet on photos of Caltech-256, or on your own, and shows where it looks while it learns.
 
     python caltech256.py --data 256_ObjectCategories.tar --weights alexnet.npz     convolutions from ImageNet
     python caltech256.py --data 256_ObjectCategories.tar --weights none            from random weights
+    python caltech256.py --data photos --weights alexnet.npz                       a folder photos/CLASS for each class
 
 archive -> photos -> batches -> AlexNet -> feature maps -> class activation maps -> heatmaps
 """
@@ -9,23 +10,26 @@ archive -> photos -> batches -> AlexNet -> feature maps -> class activation maps
 from experiment.quiet import keras  # first, to keep TensorFlow's start-up log off the console
 
 # isort: split
+import io
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import cam
 from alexnet import CONVOLUTIONS, SHORT_SIDE, SIDE, alexnet, set_convolutions
-from data.photos import decode, load_photos
-from experiment.figures import save_figures, save_heatmaps, save_images
+from data.photos import BOXES, crop_boxes, decode, load_all_photos, load_photos, read_bytes
+from experiment.figures import report_classes, save_figures, save_heatmaps, save_images
 from experiment.files import UserError
-from experiment.metrics import evaluate, predict_class_maps
-from experiment.networks import load_torchvision_convolutions
+from experiment.images import read_picture, scale_short_side
+from experiment.metrics import evaluate, format_metrics, localize, predict_class_maps
+from experiment.networks import load_class_names, load_network, load_torchvision_convolutions, to_cam_model
 from experiment.pages import Page
 from experiment.run import RunFolder, run_main, set_seed
 from experiment.schedule import batch_indices, warmup_cosine
-from experiment.settings import fill_in_recipe, make_parser
+from experiment.settings import fill_in_recipe, make_parser, number
 
 # All settings; each is a flag, see `python caltech256.py --help`.
 SETTINGS = {
@@ -35,6 +39,7 @@ SETTINGS = {
     "learning_rate": 1e-3,  # of Adam, at its peak
     "warmup": 0.1,  # share of the steps in which the rate rises to its peak; then it falls to 0 along a cosine
     "label_smoothing": 0.1,
+    "location_dropout": 0.3,  # share of the locations before the last convolution that are hidden in a training step
     "precision": "auto",
     "out": Path("out/caltech256"),
     "every": 50,  # steps between two heatmaps of a photo
@@ -49,23 +54,28 @@ RECIPES = {
     "scratch": {"epochs": 20},
 }
 TEST_PHOTOS = 300  # evaluated during training; the final evaluation takes all
+BATCH = 50  # photos in a forward pass of --evaluate
 
 
 def main(settings):
     set_seed(settings.seed)
 
-    # Archive -> photos. Test photos (N, 224, 224, 3) uint8; those for training stay in it until a batch needs them
+    # Archive -> photos, which stay in it until a batch needs them; test photos -> crops (N, 224, 224, 3) uint8
     weights = load_torchvision_convolutions(settings.weights) if settings.recipe == "pretrained" else None
-    train, test, names, counts = load_photos(settings.data, settings.categories)
-    found = f"{len(train.images):,} training photos, {len(test.images):,} test photos of {len(names)} categories"
-    print("; ".join([f"{settings.data}: {found}", *(f"{count} {what}" for what, count in counts.items())]), flush=True)
+    train, test_photos, names, counts = load_photos(
+        settings.data, settings.categories, settings.test_share, settings.fold
+    )
+    found = [f"{len(train.labels):,} training photos, {len(test_photos.labels):,} test photos of {len(names)} classes"]
+    print(describe(settings.data, found, test_photos, counts), flush=True)
+    if test_photos.boxes is None:
+        print(f"{settings.data} has no {BOXES}, so localization is not measured", flush=True)
     if settings.batch_size > len(train.images):
         raise UserError(f"--batch-size {settings.batch_size} is more than the {len(train.images)} training photos")
     settings.steps = settings.steps or settings.epochs * len(train.images) // settings.batch_size
-    test = test._replace(images=np.stack([decode(photo, SHORT_SIDE, SIDE) for photo in test.images]))
+    test = test_photos._replace(images=crop(test_photos.images), boxes=None)
 
     # Photos -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c
-    model = alexnet(len(names), settings.precision)
+    model = alexnet(len(names), settings.precision, settings.location_dropout)
     if weights:
         set_convolutions(model, weights)
         for name in CONVOLUTIONS:  # frozen, a step takes a third of the time
@@ -83,10 +93,10 @@ def main(settings):
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} photos, {settings.recipe} recipe, {settings.precision}")
-    print(f"watch them in {settings.out / 'index.html'}", flush=True)
+    print(f"follow the run in {settings.out / 'index.html'}", flush=True)
     samples = test.first(settings.samples)
     save_images(settings.out, samples.images)
-    page = Page(settings.out, samples, names)
+    page = Page(settings.out, samples._replace(boxes=boxes_in_crops(test_photos.first(settings.samples))), names)
     batches = prefetch(lambda step: make_batch(train, settings, step), range(max(run.step, 0), settings.steps))
 
     for step in run.steps():  # step 0 comes before training
@@ -95,10 +105,11 @@ def main(settings):
             run.add_loss(*model.train_on_batch(photos, keras.utils.to_categorical(labels, len(names))))
 
         if run.is_due(step):
-            tested = test if step == settings.steps else test.first(max(TEST_PHOTOS, settings.samples))
+            count = len(test.labels) if step == settings.steps else max(TEST_PHOTOS, settings.samples)
             # Photos -> logits (N, C) and class activation maps of the true classes (N, 13, 13)
+            tested = test.first(count)
             logits, maps = predict_class_maps(cam_model, tested.images, tested.labels)
-            metrics = evaluate(logits, maps, tested)
+            metrics = evaluate(logits, maps, tested) | localize_photos(cam_model, test_photos.first(count))
             # Maps of the samples (S, 13, 13) -> heatmaps (S, 224, 224), 0..1 -> PNG
             predicted, maps = logits[: settings.samples].argmax(axis=1), maps[: settings.samples]
             heatmaps = cam.normalize(cam.upsample(maps, SIDE, SIDE))
@@ -107,12 +118,66 @@ def main(settings):
             page.renew(cam_model, run.history)
 
     # The same weights in float32 layers, for any machine
-    trained = alexnet(len(names))
+    trained = alexnet(len(names), location_dropout=settings.location_dropout)
     trained.set_weights(model.get_weights())
     cam_model = cam.class_activation_model(trained)
     save_figures(settings.out, cam_model, test, names, run.history)
     page.renew(cam_model, run.history, finished=True)
     run.finish(trained, names, images={"short_side": SHORT_SIDE, "pixel_range": (0, 255)})
+
+
+def evaluate_model(settings):
+    """Measures a trained model on all photos of a folder or archive."""
+    cam_model = to_cam_model(load_network(settings.evaluate))
+    classes = cam_model.output_shape[0][-1]
+    names = load_class_names(settings.evaluate) or [str(c) for c in range(classes)]
+    if cam_model.input_shape != (None, None, None, 3) or len(names) != classes:
+        raise UserError(f"{settings.evaluate} is not a model of photos of any size, with a name for each class")
+    photos, counts = load_all_photos(settings.data, names)
+    print(describe(settings.data, [f"{len(photos.labels):,} photos"], photos, counts), flush=True)
+    starts = tqdm(range(0, len(photos.labels), BATCH), "predicting", leave=False, disable=None)
+    crops = (crop(photos.images[start : start + BATCH]) for start in starts)
+    logits = np.concatenate([cam_model.predict_on_batch(images)[0] for images in crops])  # (N, C)
+    metrics = evaluate(logits, None, photos._replace(boxes=None)) | localize_photos(cam_model, photos, all_metrics=True)
+    print(format_metrics(metrics, len(photos.labels)))
+    report_classes(settings.out, photos.labels, logits.argmax(axis=1), names)
+
+
+def describe(data, found, photos, counts):
+    """A line about the photos that were found."""
+    if photos.boxes is not None:
+        found.append(f"{sum(boxes is not None for boxes in photos.boxes):,} test photos with boxes")
+    return f"{data}: {', '.join(found)}" + "".join(f"; {count:,} {reason}" for reason, count in counts.items())
+
+
+def crop(photos):
+    """The photos as the network is tested on them: crops (N, 224, 224, 3) uint8."""
+    return np.stack([decode(photo, SHORT_SIDE, SIDE) for photo in photos])
+
+
+def boxes_in_crops(photos):
+    """True boxes in pixels of the crops, a list (n, 4) for each photo; None if there are no boxes at all."""
+    if photos.boxes is None:
+        return None
+    found = zip(photos.images, photos.boxes, strict=True)
+    return [[] if boxes is None else crop_boxes(photo, boxes, SHORT_SIDE, SIDE) for photo, boxes in found]
+
+
+def localize_photos(cam_model, photos, all_metrics=False):
+    """Metrics of localization on the whole photos, as show.py reads them, of those that have true boxes."""
+    if photos.boxes is None:
+        return {}
+    boxed = [item for item in zip(*photos, strict=True) if item[2] is not None]
+
+    def predict():
+        for photo, label, boxes in boxed:
+            picture = read_picture(io.BytesIO(read_bytes(photo)))
+            height, width = picture.pixels.shape[:2]
+            logits, maps = cam_model.predict_on_batch(scale_short_side(picture.pixels, SHORT_SIDE)[None])
+            class_map = cam.upsample(maps[:, :, :, label], height, width)[0]  # (H, W)
+            yield logits[0], label, class_map, boxes * ([width / picture.width, height / picture.height] * 2)
+
+    return localize(predict(), len(boxed), all_metrics) if boxed else {}
 
 
 def make_optimizer(settings):
@@ -146,8 +211,14 @@ def prefetch(make, steps, ahead=4):
 
 if __name__ == "__main__":
     parser = make_parser("caltech256.py", __doc__, SETTINGS, RECIPES)
+    text = "only measure a saved model, on all photos of --data"
+    parser.add_argument("--evaluate", type=Path, metavar="MODEL", help=text)
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="only these, such as coffee-mug (default: all)")
+    text = "share of each class that is the test set (default: its last 10 photos)"
+    parser.add_argument("--test-share", type=number(0, 0.9, float), help=text)
+    text = "validate: test on this fifth of the training photos of each class, 1..5, and leave out the test photos"
+    parser.add_argument("--fold", type=number(1, 5), help=text)
     settings = parser.parse_args()
     recipe = "scratch" if str(settings.weights) == "none" else "pretrained"
     fill_in_recipe(parser, settings, recipe, RECIPES)
-    run_main("caltech256.py", main, settings)
+    run_main("caltech256.py", evaluate_model if settings.evaluate else main, settings)

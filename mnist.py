@@ -13,7 +13,7 @@ from pathlib import Path
 
 import cam
 from data.dataset import BOXES, CLASSES, load_dataset
-from experiment.figures import save_figures, save_heatmaps, save_images
+from experiment.figures import report_classes, save_figures, save_heatmaps, save_images
 from experiment.files import UserError
 from experiment.metrics import evaluate, format_metrics, predict_class_maps
 from experiment.networks import load_network, to_cam_model
@@ -96,7 +96,7 @@ def main(settings):
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
-    print(f"watch them in {settings.out / 'index.html'}", flush=True)
+    print(f"follow the run in {settings.out / 'index.html'}", flush=True)
     samples = test.first(settings.samples)
     save_images(settings.out, samples.images)
     names = [str(digit) for digit in range(CLASSES)]
@@ -124,7 +124,7 @@ def main(settings):
     trained.set_weights(model.get_weights())
     cam_model = cam.class_activation_model(trained)
     save_figures(settings.out, cam_model, test, names, run.history)
-    write_draw_page(settings.out, trained, samples)
+    write_draw_page(settings.out, trained, samples, settings.steps)
     page.renew(cam_model, run.history, finished=True)
     run.finish(trained, names, images={"digit": True, "pixel_range": (0, 255)})
 
@@ -137,6 +137,7 @@ def evaluate_model(settings):
         raise UserError(f"{settings.evaluate} is not a model of grey images and {CLASSES} classes")
     logits, maps = predict_class_maps(to_cam_model(model), test.images, test.labels)
     print(format_metrics(evaluate(logits, maps, test, all_metrics=True), len(test.labels)))
+    report_classes(settings.out, test.labels, logits.argmax(axis=1), [str(digit) for digit in range(CLASSES)])
 
 
 if __name__ == "__main__":

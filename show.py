@@ -30,13 +30,12 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from skimage import transform
 
 from cam import bounding_box, upsample
 from experiment.digits import preprocess_digit
 from experiment.figures import save_class_maps
 from experiment.files import UserError, atomic_write
-from experiment.images import Picture, read_picture
+from experiment.images import Picture, read_picture, resize, scale_short_side
 from experiment.networks import (
     class_names_file,
     images_file,
@@ -48,8 +47,6 @@ from experiment.networks import (
 )
 from experiment.run import run_main
 from experiment.settings import number
-
-MAX_ASPECT_RATIO = 8  # of an image that is scaled by its short side
 
 
 class Cams(NamedTuple):
@@ -185,15 +182,11 @@ class Network:
             pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
         rows, columns = pixels.shape[:2]
         if "short_side" in self.settings:
-            if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
-                raise UserError(f"{columns} x {rows} pixels are too long for {self.source}; crop the image")
-            scale = self.settings["short_side"] / min(rows, columns)
-            height, width = round(scale * rows), round(scale * columns)
+            pixels = scale_short_side(pixels, self.settings["short_side"])
         elif height or width:  # if one of them is fixed, the image keeps its proportions
             height, width = height or round(rows * width / columns), width or round(columns * height / rows)
         if height and (height, width) != (rows, columns):
-            shape = max(height, 1), max(width, 1)
-            pixels = transform.resize(pixels, shape, preserve_range=True, anti_aliasing=True)
+            pixels = resize(pixels, max(height, 1), max(width, 1))
         pixels = pixels.astype(np.float32)
         if self.preprocess_input:
             return self.preprocess_input(pixels)

@@ -1,14 +1,23 @@
-"""Reads Caltech-256, from its .tar or the folder that it extracts to:
+"""Reads photos, from a folder or from an archive of it (.tar, or .tar.gz, which is unpacked once to a .tar beside it):
 
-    256_ObjectCategories/NNN.name/NNN_0001.jpg, NNN_0002.jpg ...
+    photos/cats/any name.jpg             a folder for each class; the last 10 photos of each, by name, are the test set
+    photos/train/cats/any name.jpg       or a training and a test set (test/ or val/), which are taken as they are
+    photos/test/cats/any name.jpg
+    NNN.name/NNN_0001.jpg                or Caltech-256 as it is; the classes have no number in their names
 
-with a folder NNN.name for each category. Other files (there are a few) are left out and counted. The last 10 photos of
-each category are the test set, the others the training set.
+Other files are left out and counted. A file boxes.csv has the true boxes of some photos: lines "file,x0,y0,x1,y1", with
+that header; `file` is relative to the folder of boxes.csv, a box is half-open and in pixels of the upright photo, and a
+photo with several objects has several lines.
 """
 
+import csv
+import gzip
 import io
+import posixpath
 import re
+import shutil
 import tarfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +28,18 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data.dataset import LimitedReader, Split
-from experiment.files import UserError
+from experiment.files import UserError, atomic_write
 
-TEST_PHOTOS = 10  # of each category
+TEST_PHOTOS = 10  # of each class
+FOLDS = 5  # of the training photos, for validation
+BOXES = "boxes.csv"
+HEADER = ["file", "x0", "y0", "x1", "y1"]
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 MAX_FILE = 1 << 25  # bytes
 MAX_PIXELS = 50_000_000  # pixels
-FORMATS = ["JPEG", "PNG", "GIF", "BMP"]  # a few photos are not what their name says
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP"]  # a few photos are not what their name says
+HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|\Z))")  # what macOS puts beside a file, and the like
+NUMBERED = re.compile(r"[0-9]{3}\.(.+)")  # a folder of Caltech-256
 
 
 class Photo(NamedTuple):
@@ -34,98 +49,278 @@ class Photo(NamedTuple):
     path: Path
     offset: int
     size: int
+    width: int = 0  # pixels, upright
+    height: int = 0
 
 
-def load_photos(archive, chosen=None):
-    """Finds the photos of Caltech-256, and decodes each once to check that it is readable.
+def load_photos(archive, chosen=None, test_share=None, fold=None):
+    """Finds the training and the test photos, and decodes each once to check that it is readable.
 
     Args:
-        archive: Path of the .tar, or of the folder that it extracts to.
-        chosen: Categories to take, each by its name or folder ("coffee-mug" or "041.coffee-mug"); None for all.
+        archive: Path of the folder or archive.
+        chosen: Classes to take, each by its name or folder ("coffee-mug" or "041.coffee-mug"); None for all.
+        test_share: Share of each class that is the test set, 0..1; None for its last 10 photos.
+        fold: For validation, 1..5: this fifth of the training photos of each class, by name, is the test set, and the
+            test photos are left out.
 
     Returns:
-        The training and the test `Split`, whose images are lists of `Photo`s (in the test set the categories take
-        turns); the names of the C categories; and counts of the files that were left out, by the reason.
+        The training and the test `Split`, whose images are lists of `Photo`s (in the test set the classes take turns),
+        and whose boxes are lists of (n, 4) or None; names of the C classes; counts of what was left out, by the reason.
 
     Raises:
-        UserError: The archive is missing or broken, or a category is missing or has too few photos.
+        UserError: The archive is missing or broken, or a class is missing or has too few photos.
+    """
+    sets, boxes, counts = find_photos(archive, chosen)
+    names = list(sets["train" if "train" in sets else ""])
+    if len(names) < 2:
+        raise UserError(f"{archive} has photos of {len(names)} classes; two or more, each in a folder, are needed")
+    if "train" in sets and test_share is not None:
+        raise UserError(f"{archive} has a test set; --test-share is for data without one")
+    train, test = [], []  # for each class a list of photos
+    for name in names:
+        if "train" in sets:
+            known, new = sets["train"][name], sets["test"].get(name, [])
+            if not known:
+                raise UserError(f"{archive}: {name} has no training photo that can be read")
+        else:
+            photos = sets[""][name]
+            count = TEST_PHOTOS if test_share is None else max(1, round(test_share * len(photos)))
+            if len(photos) <= count:
+                raise UserError(f"{archive}: {name} has {len(photos)} photos; at least {count + 1} are needed")
+            known, new = photos[:-count], photos[-count:]
+        if fold:
+            if len(known) < FOLDS:
+                raise UserError(f"{archive}: {name} has {len(known)} training photos; --fold needs {FOLDS}")
+            start, end = ((fold - 1 + k) * len(known) // FOLDS for k in (0, 1))
+            known, new = known[:start] + known[end:], known[start:end]
+        train.append(known)
+        test.append(new)
+    if unknown := set(sets.get("test", ())) - set(names):
+        raise UserError(f"{archive}: {min(unknown)} is in the test set, but not in the training set")
+    if not any(test):
+        raise UserError(f"{archive} has no test photo that can be read")
+    turns = range(max(map(len, test)))
+    in_turn = [(label, photos[k]) for k in turns for label, photos in enumerate(test) if k < len(photos)]
+    one_by_one = [(label, photo) for label, photos in enumerate(train) for photo in photos]
+    return *(make_split(labelled, boxes) for labelled in (one_by_one, in_turn)), names, dict(counts)
+
+
+def load_all_photos(archive, names):
+    """Finds all photos of the classes `names`, to test a network on.
+
+    Returns:
+        A `Split` as `load_photos` does, and counts of what was left out, by the reason.
+
+    Raises:
+        UserError: The archive is missing or broken, or has no photos of these classes.
+    """
+    sets, boxes, counts = find_photos(archive)
+    labelled = []
+    for classes in sets.values():
+        for name, photos in classes.items():
+            if name in names:
+                labelled += [(names.index(name), photo) for photo in photos]
+            else:
+                counts["photos of classes that the model does not have left out"] += len(photos)
+    if not labelled:
+        raise UserError(f"{archive} has no folder with the name of a class of the model: {', '.join(names)}")
+    return make_split(labelled, boxes), dict(counts)
+
+
+def make_split(labelled, boxes):
+    """`Split` of (label, photo) pairs."""
+    photos = [photo for _, photo in labelled]
+    found = [boxes.get(photo.name) for photo in photos]
+    return Split(photos, np.array([label for label, _ in labelled]), found if boxes else None)
+
+
+def find_photos(archive, chosen=None):
+    """Finds photos and boxes in a folder or archive.
+
+    Returns:
+        sets: Set -> class -> readable `Photo`s by name. Sets are "train" and "test", or "" if they are not separate.
+        boxes: Name of a photo -> its boxes, (n, 4) float64.
+        counts: Counter of what was left out, by the reason.
     """
     archive = Path(archive)
-    files = in_folder(archive) if archive.is_dir() else in_tar(archive)
-    categories, counts = {}, Counter()  # folder -> photos
-    for photo in sorted(files):
-        found = re.search(r"(?:^|/)(([0-9]{3})\.[^/]+)/\2_[0-9]{4}\.jpg\Z", photo.name)
-        if found and found[1].isprintable() and 0 < photo.size <= MAX_FILE:
-            categories.setdefault(found[1], []).append(photo)
+    if not archive.exists():
+        raise UserError(f"{archive} is missing; give a folder or an archive of photos by --data")
+    files, folders = in_folder(archive) if archive.is_dir() else in_tar(archive)
+    counts, tables, photos = Counter(), [], []
+    for file in sorted(files):
+        if file.name.split("/")[-1] == BOXES:
+            tables.append(file)
+        elif 0 < file.size <= MAX_FILE and file.name.lower().endswith(SUFFIXES) and not HIDDEN.search(file.name):
+            photos.append(file)
         else:
-            counts["files with other names or sizes left out"] += 1
-    if not categories:
-        raise UserError(f"{archive} has no photos 256_ObjectCategories/NNN.name/NNN_0001.jpg")
-    names = {folder.split(".", 1)[1]: folder for folder in categories}
-    folders = {names.get(name, name) for name in chosen or categories}
-    if unknown := folders - set(categories):
-        raise UserError(f"{archive} has no category {min(unknown)!r}; it has {', '.join(names)}")
-    categories = {folder: photos for folder, photos in categories.items() if folder in folders}
+            counts["other files left out"] += 1
+    if not photos:
+        raise UserError(f"{archive} has no photos ({', '.join(SUFFIXES)})")
+    sets = group(photos, folders, counts)
+    names = {name for classes in sets.values() for name in classes}
+    wanted = set(chosen or names)
+    titles = {name: NUMBERED.sub(r"\1", name) if is_numbered(names) else name for name in sorted(names)}
+    if unknown := wanted - names - set(titles.values()):
+        raise UserError(f"{archive} has no class {min(unknown)!r}; it has {', '.join(titles.values())}")
+    titles = {name: title for name, title in titles.items() if {name, title} & wanted}
+    for which, classes in sets.items():
+        sets[which] = {title: classes[name] for name, title in titles.items() if name in classes}
+    check(archive, sets, counts)
+    kept = {photo.name: photo for classes in sets.values() for photos in classes.values() for photo in photos}
+    boxes = read_boxes(archive, tables, kept, counts)
+    return sets, boxes, counts
 
-    photos = [photo for photos in categories.values() for photo in photos]
+
+def group(photos, folders, counts):
+    """Sorts photos by set and folder: set -> name of the folder -> photos. What is in no such folder is counted."""
+    parts = {photo: tuple(photo.name.split("/")) for photo in photos}
+    # The root is what photos of the usual depth have in common, above the folders of the classes.
+    depth = Counter(map(len, parts.values())).most_common(1)[0][0]
+    root = posixpath.commonpath(["/".join(path[:-2]) for path in parts.values() if len(path) == depth])
+    root = tuple(root.split("/")) if root else ()
+    tops = {name for path in parts.values() if path[: len(root)] == root for name in path[len(root) :][:1]}
+    test = next((name for name in ("test", "val") if {"train", name} <= tops), None)
+    sets = {"train": {}, "test": {}} if test else {"": {}}
+    for which, classes in sets.items():
+        above = (*root, test if which == "test" else which) if which else root
+        for photo in photos:
+            path = parts[photo]
+            if path[: len(above)] == above and len(path) >= len(above) + 2 and path[len(above)].isprintable():
+                classes.setdefault(path[len(above)], []).append(photo)
+        for folder in folders:
+            *before, name = folder.split("/")
+            if tuple(before) == above and name not in classes and not HIDDEN.search(folder):
+                counts["empty folders left out"] += 1
+    placed = {photo for classes in sets.values() for found in classes.values() for photo in found}
+    if is_numbered({name for classes in sets.values() for name in classes}):  # Caltech-256, and a few strays
+        for which, classes in sets.items():
+            for name, found in classes.items():
+                fitting = re.compile(rf"(?:.*/)?{re.escape(name)}/{name[:3]}_[0-9]{{4}}\.jpg")
+                classes[name] = [photo for photo in found if fitting.fullmatch(photo.name)]
+            sets[which] = {name: found for name, found in classes.items() if found}
+        placed = {photo for classes in sets.values() for found in classes.values() for photo in found}
+    if len(placed) < len(photos):
+        counts["photos elsewhere left out"] = len(photos) - len(placed)
+    return sets
+
+
+def is_numbered(names):
+    """Whether the folders are named as in Caltech-256."""
+    return all(map(NUMBERED.fullmatch, names))
+
+
+def check(archive, sets, counts):
+    """Decodes each photo. What is not readable is taken out and counted, the others get their sizes."""
+    photos = [photo for classes in sets.values() for found in classes.values() for photo in found]
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock while it decodes
-        checked = tqdm(pool.map(is_readable, photos), f"checking {archive}", len(photos), unit=" photos", disable=None)
-        unreadable = {photo for photo, readable in zip(photos, checked, strict=True) if not readable}
-    if unreadable:
-        counts["unreadable photos left out"] = len(unreadable)
-    train, test = [], []  # (label, photo)
-    for label, (folder, photos) in enumerate(categories.items()):
-        readable = [(label, photo) for photo in photos if photo not in unreadable]
-        if len({Path(photo.name).name for _, photo in readable}) < len(readable):
-            raise UserError(f"{archive} has duplicate photos of {folder}")
-        if len(readable) <= TEST_PHOTOS:
-            raise UserError(f"{archive}: {folder} has {len(readable)} photos; at least {TEST_PHOTOS + 1} are needed")
-        train += readable[:-TEST_PHOTOS]
-        test += readable[-TEST_PHOTOS:]
-    test = [test[start] for first in range(TEST_PHOTOS) for start in range(first, len(test), TEST_PHOTOS)]
-    splits = [Split([p for _, p in items], np.array([label for label, _ in items]), None) for items in (train, test)]
-    return *splits, [folder.split(".", 1)[1] for folder in categories], dict(counts)
+        checked = pool.map(measure, photos)
+        checked = list(tqdm(checked, f"checking {archive}", len(photos), unit=" photos", disable=None))
+    measured = dict(zip(photos, checked, strict=True))
+    for classes in sets.values():
+        for name, found in classes.items():
+            classes[name] = [measured[photo] for photo in found if measured[photo]]
+            if len({photo.name for photo in classes[name]}) < len(classes[name]):
+                raise UserError(f"{archive} has duplicate photos of {name}")
+    if None in checked:
+        counts["unreadable photos left out"] = checked.count(None)
+
+
+def measure(photo):
+    """The photo with its size, or None if it is not readable."""
+    try:
+        image = open_image(photo)
+        image.load()
+        width, height = ImageOps.exif_transpose(image).size
+    except Exception:  # Pillow raises a dozen kinds for a bad image
+        return None
+    return photo._replace(width=width, height=height)
+
+
+def read_boxes(archive, tables, photos, counts):
+    """The boxes of the photos, from all files boxes.csv: name of a photo -> (n, 4) float64."""
+    boxes = {}
+    for table in tables:
+        try:
+            rows = csv.reader(io.StringIO(read_bytes(table).decode("utf-8-sig")))
+            if next(rows, None) != HEADER:
+                raise ValueError(f"its first line is not {','.join(HEADER)}")
+            for row in filter(None, rows):
+                line = f"line {rows.line_num}"
+                if len(row) != 5:
+                    raise ValueError(f"{line} has {len(row)} values, not 5")
+                name = posixpath.normpath(posixpath.join(posixpath.dirname(table.name), row[0].replace("\\", "/")))
+                box = [float(value) for value in row[1:]]
+                photo = photos.get(name)
+                if photo is None:
+                    counts["boxes without a photo left out"] += 1
+                    continue
+                x0, y0, x1, y1 = box
+                if not (0 <= x0 < x1 <= photo.width and 0 <= y0 < y1 <= photo.height):
+                    raise ValueError(f"{line}: no box in {row[0]}, which has {photo.width} x {photo.height} pixels")
+                boxes.setdefault(name, []).append(box)
+        except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+            raise UserError(f"{archive}: {table.name}: {error}") from None
+    return {name: np.array(found) for name, found in boxes.items()}
 
 
 def in_folder(folder):
-    """The files below a folder, as `Photo`s."""
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return [Photo(path.relative_to(folder).as_posix(), path, 0, path.stat().st_size) for path in paths]
+    """The files below a folder, as `Photo`s, and the names of the folders."""
+    paths = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*")]
+    files = [Photo(name, path, 0, path.stat().st_size) for name, path in paths if path.is_file()]
+    return files, [name for name, path in paths if path.is_dir()]
 
 
 def in_tar(archive):
-    """The files of an uncompressed tar archive, as `Photo`s; nothing is extracted."""
+    """The files of a tar archive, as `Photo`s, and the names of the folders. A .tar.gz is unpacked first."""
+    with archive.open("rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            archive = unpack(archive)
+    files, folders = [], []
     try:
         with archive.open("rb") as file, tarfile.open(fileobj=(limited := LimitedReader(file)), mode="r:") as members:
-            found = []
             for member in members:
                 limited.next_member()
+                name = member.name.removeprefix("./")
                 if member.isreg():
-                    size = 0 if member.issparse() else member.size
-                    found.append(Photo(member.name, archive, member.offset_data, size))
+                    files.append(Photo(name, archive, member.offset_data, 0 if member.issparse() else member.size))
+                elif member.isdir():
+                    folders.append(name)
             file.seek(members.offset)
             if file.read(512) != bytes(512):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError(f"it breaks off after {len(found):,} files")
-            return found
-    except FileNotFoundError:
-        raise UserError(f"{archive} is missing; give 256_ObjectCategories.tar or its folder by --data") from None
+                raise tarfile.ReadError(f"it breaks off after {len(files):,} files")
     except (tarfile.TarError, EOFError, RecursionError) as error:
-        raise UserError(f"{archive} is not a complete .tar ({error}); get it again") from None
+        raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
+    return files, folders
 
 
-def is_readable(photo):
-    try:
-        open_image(photo).load()
-    except Exception:  # Pillow raises a dozen kinds for a bad image
-        return False
-    return True
+def unpack(archive):
+    """Unpacks NAME.tar.gz or NAME.tgz to NAME.tar, if that is not there yet or older."""
+    tar = archive.with_name(archive.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar") + ".tar")
+    if not tar.exists() or tar.stat().st_mtime < archive.stat().st_mtime:
+        try:
+            with (
+                archive.open("rb") as file,
+                tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None) as shown,
+                gzip.open(shown) as unpacked,
+                atomic_write(tar) as part,
+                part.open("wb") as target,
+            ):
+                shutil.copyfileobj(unpacked, target, 1 << 20)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
+    return tar
+
+
+def read_bytes(photo):
+    """The content of a file."""
+    with photo.path.open("rb") as file:
+        file.seek(photo.offset)
+        return file.read(photo.size)
 
 
 def open_image(photo):
     """Opens a photo, its pixels not yet decoded."""
-    with photo.path.open("rb") as file:
-        file.seek(photo.offset)
-        image = Image.open(io.BytesIO(file.read(photo.size)), formats=FORMATS)
+    image = Image.open(io.BytesIO(read_bytes(photo)), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{photo.name} has {image.width} x {image.height} pixels")
     return image
@@ -147,3 +342,11 @@ def decode(photo, short_side, side, rng=None):
     crop = image.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + side * scale, top + side * scale))
     pixels = np.asarray(crop)
     return pixels[:, ::-1] if rng is not None and rng.random() < 0.5 else pixels
+
+
+def crop_boxes(photo, boxes, short_side, side):
+    """Boxes (n, 4) of a photo in pixels of its crop at the centre (see `decode`); those beyond it are left out."""
+    scale = short_side / min(photo.width, photo.height)
+    left, top = ((scale * length - side) / 2 for length in (photo.width, photo.height))
+    cropped = (np.asarray(boxes) * scale - [left, top, left, top]).clip(0, side).round().astype(int)
+    return cropped[(cropped[:, 2:] > cropped[:, :2]).all(axis=1)]

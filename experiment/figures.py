@@ -64,7 +64,6 @@ def save_figures(out, cam_model, test, class_names, history):
     first_of_class = np.unique(samples.labels, return_index=True)[1]
     strips = [strip(out, index, samples.labels[index], rows, class_names) for index in first_of_class]
     save_grid(out / "overview.png", strips, SIDE // 2)
-
     model, softmax_weights = unit_model(cam_model), get_softmax_weights(cam_model)
 
     def save_sample(index, feature_maps, pooled, logits, maps):
@@ -84,19 +83,20 @@ def save_figures(out, cam_model, test, class_names, history):
             outputs = model.predict_on_batch(samples.images[batch])
             list(pool.map(save_sample, range(batch.start, batch.stop), *outputs))
 
-    shown = range(min(len(class_names), MAX_CLASSES))
-    candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in shown])
+    # Of the first classes some test images, to choose from
+    classes = range(min(len(class_names), MAX_CLASSES))
+    candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in classes])
     candidates = test._replace(images=test.images[candidates], labels=test.labels[candidates], boxes=None)
-    units = np.argsort(-softmax_weights[:, shown], axis=0, kind="stable")[:UNITS].T  # k (classes shown, UNITS)
-    scores, maps, responses = [], [], []  # S_c (N,) and M_c (N, h, w) of the true classes; f_k (N, h, w, units)
+    units = np.argsort(-softmax_weights[:, classes], axis=0, kind="stable")[:UNITS].T  # k (classes, UNITS)
+    logits, maps, responses = [], [], []  # S_c (N, C); M_c (N, h, w) of the true classes; f_k (N, h, w, units)
     for batch in batches(len(candidates.labels)):
-        feature_maps, _, logits, class_maps = model.predict_on_batch(candidates.images[batch])
+        feature_maps, _, batch_logits, class_maps = model.predict_on_batch(candidates.images[batch])
+        logits.extend(batch_logits)
         for index, label in enumerate(candidates.labels[batch]):
-            scores.append(logits[index, label])
             maps.append(class_maps[index, :, :, label])
             responses.append(feature_maps[index][:, :, units.ravel()])
-    save_patterns(out / "patterns.png", candidates, np.array(scores), maps, class_names)
-    titles = [f"{class_names[c]}: unit {k}, w = {softmax_weights[k, c]:z.2f}" for c in shown for k in units[c]]
+    save_patterns(out / "patterns.png", candidates, np.array(logits), maps, class_names)
+    titles = [f"{class_names[c]}: unit {k}, w = {softmax_weights[k, c]:z.2f}" for c in classes for k in units[c]]
     field = receptive_field(keras.Model(model.input, model.outputs[0]), *test.images.shape[1:3])
     save_units(out / "units.png", candidates.images, np.array(responses), titles, field)
 
@@ -149,31 +149,35 @@ def save_procedure(path, image, title, class_name, terms):
         terms: `Terms` of the class.
     """
     named = zip(terms.units, terms.weights, terms.parts, strict=False)  # the last part is that of all others
-    titles = [title, *(f"{weight:+z.2f} f{unit}: {part:+z.2f} of S" for unit, weight, part in named)]
-    titles += [f"all others: {terms.parts[-1]:+z.2f} of S", f"= map of {class_name}: S = {terms.parts.sum():z.2f}"]
+    titles = [title, *(f"{weight:+z.2f} f{unit}: S {part:+z.2f}" for unit, weight, part in named)]
+    titles += [f"all others: S {terms.parts[-1]:+z.2f}", f"= map of {class_name}: S = {terms.parts.sum():z.2f}"]
     maps = np.dstack([terms.maps, terms.maps.sum(axis=2)])
     save_class_maps(path, image, maps, [(text, "black") for text in titles])
 
 
-def save_patterns(path, candidates, scores, maps, class_names):
+def save_patterns(path, candidates, logits, maps, class_names):
     """Writes a row for each class: its images with the highest scores, with map and box.
 
     Args:
         path: File to write.
         candidates: `Split` of N images.
-        scores, maps: S_c (N,) and M_c (N, h, w) of their true classes.
-        class_names: Names of the classes.
+        logits: S_c, (N, C).
+        maps: M_c of the true classes, (N, h, w).
+        class_names: Names of the C classes.
     """
-    rows = []
+    rows, predicted = [], logits.argmax(axis=1)
     for label in np.unique(candidates.labels):
         of_class = np.flatnonzero(candidates.labels == label)
         rows.append([])
-        for index in of_class[np.argsort(-scores[of_class], kind="stable")][:EXAMPLES]:
+        for index in of_class[np.argsort(-logits[of_class, label], kind="stable")][:EXAMPLES]:
             image = candidates.images[index]
             class_map = upsample(maps[index][None], *image.shape[:2])[0]
             picture = fit(to_image(overlay(image, normalize(class_map))), SIDE // 2)
             draw_box(picture, bounding_box(class_map), image.shape[1])
-            rows[-1].append((picture, f"{class_names[label]}: S = {scores[index]:z.1f}", "black"))
+            title, color = f"{class_names[label]}: S = {logits[index, label]:z.1f}", "black"
+            if predicted[index] != label:
+                title, color = f"{title}, predicted {class_names[predicted[index]]}", "firebrick"
+            rows[-1].append((picture, title, color))
     save_grid(path, rows)
 
 
@@ -216,11 +220,12 @@ def save_accuracy(path, history):
         column, title = f"test_{name}", METRIC_TITLES[name]
         if column not in last:
             continue
+        known = [row for row in earlier if column in row]  # of photos, some may have no boxes
         label = f"{title}, all {last['test_images']:,} images: {last[column]:.2%}"
         points = axes.plot(last["images"], 100 * last[column], "D", label=label)
-        if earlier:
-            images, values = zip(*((row["images"], 100 * row[column]) for row in earlier), strict=True)
-            label = f"{title}, the first {earlier[0]['test_images']:,}"
+        if known:
+            images, values = zip(*((row["images"], 100 * row[column]) for row in known), strict=True)
+            label = f"{title}, the first {known[0]['test_images']:,}"
             axes.plot(images, values, ".-", color=points[0].get_color(), label=label)
     axes.set(xlabel="training images seen", ylabel="test images (%)", ylim=(0, 100))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -230,3 +235,37 @@ def save_accuracy(path, history):
     with atomic_write(path) as part:
         figure.savefig(part)
     plt.close(figure)
+
+
+def report_classes(out, labels, predicted, class_names):
+    """Prints the accuracy of each class, and writes `out/confusion.png`, the confusion matrix.
+
+    Args:
+        out: Folder, which is made if it is missing.
+        labels, predicted: True and predicted classes of N images, (N,), 0..C-1.
+        class_names: Names of the C classes.
+    """
+    confusion = np.zeros((len(class_names), len(class_names)), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    counts, widest = confusion.sum(axis=1), max(map(len, class_names))
+    for name, correct, count in zip(class_names, confusion.diagonal(), counts, strict=True):
+        if count:
+            print(f"    {name:<{widest}}  {correct:,} of {count:,} ({correct / count:.1%})")
+    shown = np.flatnonzero(counts)  # classes that have images
+    side = min(max(4, 0.35 * len(shown)), 20)  # inches
+    width = side * len(class_names) / max(len(shown), 1) if len(shown) > 1 else 2 * side
+    figure, axes = plt.subplots(figsize=(min(width, 20) + 2, side + 1), dpi=100, layout="constrained")
+    axes.imshow(confusion[shown] / counts[shown, None], "Blues", vmin=0, vmax=1, aspect="auto")
+    axes.set(xlabel="predicted", ylabel="true", title="share of the images of each class")
+    if len(class_names) <= 60:
+        axes.set_xticks(range(len(class_names)), class_names, rotation=90)
+        axes.set_yticks(range(len(shown)), [class_names[c] for c in shown])
+        for y, c in enumerate(shown):
+            for x in np.flatnonzero(confusion[c]):
+                color = "white" if 2 * confusion[c, x] > counts[c] else "black"
+                axes.text(x, y, confusion[c, x], ha="center", va="center", color=color, size="small")
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out / "confusion.png") as part:
+        figure.savefig(part, format="png")
+    plt.close(figure)
+    print(f"confusion matrix: {out / 'confusion.png'}")

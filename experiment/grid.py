@@ -12,6 +12,7 @@ from experiment.files import atomic_write
 SIDE = 400  # pixels, about: pictures are enlarged by a whole number
 MIN_CELL = 64  # pixels, of a picture's place in a grid
 GAP = 8  # pixels between two pictures
+MAX_TITLE = 60  # characters
 load_default_font = lru_cache(ImageFont.load_default)
 
 
@@ -44,7 +45,9 @@ def draw_box(picture, box, width):
     """Draws a box, in pixels of an image of that width, on an enlarged Pillow image of it. None draws nothing."""
     if box:
         x0, y0, x1, y1 = (edge * picture.width / width for edge in box)
-        ImageDraw.Draw(picture).rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline="white", width=2)
+        box = x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
+        for color, line in (("black", 3), ("white", 2)):  # to be seen on any ground
+            ImageDraw.Draw(picture).rectangle(box, outline=color, width=line)
 
 
 def on_one_scale(image, maps, side, boxes=()):
@@ -98,6 +101,7 @@ def save_grid(path, rows, side=None):
         rows: Lists of (Pillow image, title, color of the title).
         side: Pixels of a picture's longer side in the grid; None for the size that the pictures have.
     """
+    rows = [[(picture, shorten(title), color) for picture, title, color in row] for row in rows]
     width, height = fit(rows[0][0][0], side or max(rows[0][0][0].size)).size
     width, height = max(width, MIN_CELL), max(height, MIN_CELL)  # room for the title of a very narrow picture
     size = min(28, width // 8, height // 3)
@@ -113,6 +117,11 @@ def save_grid(path, rows, side=None):
             middle = left + width // 2, top + title_height // 2
             draw.text(middle, title, color, load_font(title_size, title), anchor="mm")
     save_picture(np.asarray(grid), path)
+
+
+def shorten(title):
+    """A title of a length that can be read in a grid."""
+    return title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE // 2 - 1]}...{title[2 - MAX_TITLE // 2 :]}"
 
 
 def load_font(size, text):

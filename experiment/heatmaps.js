@@ -39,12 +39,21 @@ function paint(canvas, image, heatmap, colors) {
   context.putImageData(picture, 0, 0);
 }
 
-// Draws a box (x0, y0, x1, y1, half-open) on an image.
-function frame(canvas, box, dashes = [], color = "black") {
+// Scales values to 0..255 by their minimum and maximum; constant ones become zeros.
+function normalize(values) {
+  const low = least(values), range = greatest(values) - low || 1;
+  return values.map(value => 255 * (value - low) / range);
+}
+const least = values => values.reduce((a, b) => Math.min(a, b)), greatest = values => values.reduce((a, b) => Math.max(a, b));
+
+// Draws a box (x0, y0, x1, y1, half-open) on an image: black, with a white rim, to be seen on any ground.
+function frame(canvas, box, dashes = []) {
   if (!box) return;
   const context = canvas.getContext("2d"), [x0, y0, x1, y1] = box;
-  context.lineWidth = Math.max(1, Math.round(canvas.width / 100));  // or it gets lost where the page shrinks the image
+  const line = Math.max(1, Math.round(canvas.width / 100));  // or it gets lost where the page shrinks the image
   context.setLineDash(dashes);
-  context.strokeStyle = color;
-  context.strokeRect(x0 + 0.5, y0 + 0.5, x1 - x0 - 1, y1 - y0 - 1);
+  for (const [color, lineWidth] of [["#fff", 2 * line], ["#000", line]]) {
+    Object.assign(context, { strokeStyle: color, lineWidth });
+    context.strokeRect(x0 + 0.5, y0 + 0.5, x1 - x0 - 1, y1 - y0 - 1);
+  }
 }

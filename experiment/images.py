@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from skimage import transform
 
 from experiment.files import UserError
 
 MAX_SIDE = 1024  # pixels of a picture's longer side; a larger one is scaled down
 MAX_PIXELS = 50_000_000  # that are decoded
+MAX_ASPECT_RATIO = 8  # of a picture that is scaled by its short side
 
 
 class Picture(NamedTuple):
@@ -24,8 +26,8 @@ def read_picture(source):
     """Reads a picture; what is transparent becomes white, and more than 8 bits are scaled by their own range.
 
     Args:
-        source: Path of an image file, or array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, or of another type
-            for one grey channel.
+        source: Path of an image file, an open one, or array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, or of
+            another type for one grey channel.
 
     Returns:
         A `Picture`.
@@ -71,3 +73,21 @@ def to_picture(image):
     image = image.convert("RGB")
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return Picture(np.asarray(image), *size[::-1])
+
+
+def resize(pixels, height, width):
+    """Scales pixels (H, W, channels) to (height, width, channels), float64 of the same range."""
+    return transform.resize(pixels, (height, width), preserve_range=True, anti_aliasing=True)
+
+
+def scale_short_side(pixels, side):
+    """Scales pixels (H, W, channels) to `side` pixels on the short side.
+
+    Raises:
+        UserError: The picture is so long that it would become very large.
+    """
+    rows, columns = pixels.shape[:2]
+    if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
+        raise UserError(f"{columns} x {rows} pixels are too long; crop the image")
+    scale = side / min(rows, columns)
+    return resize(pixels, round(scale * rows), round(scale * columns)) if scale != 1 else pixels

@@ -3,15 +3,18 @@
     gt_known     GT-known localization: share of images whose box (cam.bounding_box, 20% rule) for the true class has
                  an IoU (intersection over union) of at least 0.5 with the ground-truth box
     top1         top-1 localization: the same, and the predicted class is correct
+    top5         top-5 localization: the same, and the true class is one of the five with the highest scores
     mean_iou     mean IoU of these boxes; 0 if a map is nowhere positive
     pointing     pointing game: share of images whose map has its maximum inside the box (Zhang et al. 2016)
     energy       energy-based pointing game: share of the map's positive mass inside the box, mean over images
                  (Wang et al. 2020)
     max_box_acc  MaxBoxAcc: the best GT-known localization over all thresholds of the normalized map (Choe et al. 2020)
+    threshold    the threshold where MaxBoxAcc is reached, 0..1
     pxap         PxAP: pixel average precision of the normalized map as a score for "inside the box", pixels of all
                  images pooled (Choe et al. 2020)
 
-Boxes are x0, y0, x1, y1, half-open, in pixels of the image.
+Boxes are x0, y0, x1, y1, half-open, in pixels of the image. Of several true boxes of an image, the one with the best
+IoU counts, and for pointing, energy and pxap their union.
 """
 
 import numpy as np
@@ -24,10 +27,12 @@ METRIC_TITLES = {
     "accuracy": "accuracy",
     "gt_known": "GT-known localization",
     "top1": "top-1 localization",
+    "top5": "top-5 localization",
     "mean_iou": "mean IoU",
     "pointing": "pointing game",
     "energy": "energy in the box",
     "max_box_acc": "MaxBoxAcc",
+    "threshold": "  at the threshold",
     "pxap": "PxAP",
 }
 SHOWN_METRICS = ("accuracy", "gt_known")  # in progress, curve and page
@@ -65,8 +70,8 @@ def evaluate(logits, maps, tested, all_metrics=False):
     Args:
         logits: S_c of the tested images, (N, C).
         maps: M_c of the true classes, (N, h, w), as `predict_class_maps` returns them.
-        tested: The `Split` of images (N, H, W, channels), labels (N,) and boxes (N, 4). Without boxes only the accuracy
-            is measured.
+        tested: The `Split` of images (N, H, W, channels), labels (N,) and boxes. Without boxes only the accuracy is
+            measured.
         all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.
 
     Returns:
@@ -77,72 +82,91 @@ def evaluate(logits, maps, tested, all_metrics=False):
     """
     if not np.isfinite(logits).all():
         raise UserError("the logits are infinite or NaN; train again, with --fresh and a smaller --learning-rate")
-    correct = logits.argmax(axis=1) == tested.labels
-    metrics = {"accuracy": correct.mean()}
+    metrics = {"accuracy": float((logits.argmax(axis=1) == tested.labels).mean())}
     if tested.boxes is not None:
-        size, measured = tested.images.shape[1:3], []
-        hidden = None if all_metrics else True  # None: shown on a terminal only
-        for start in tqdm(range(0, len(maps), CHUNK), "measuring", leave=False, disable=hidden):
-            chunk = slice(start, start + CHUNK)
-            measured.append(measure(upsample(maps[chunk], *size), tested.boxes[chunk], all_metrics))
-        metrics |= summarize({name: np.concatenate([m[name] for m in measured]) for name in measured[0]}, correct)
-    return {name: float(value) for name, value in metrics.items()}
+        chunks = (maps[start : start + CHUNK] for start in range(0, len(maps), CHUNK))
+        class_maps = (one for chunk in chunks for one in upsample(chunk, *tested.images.shape[1:3]))
+        metrics |= localize(zip(logits, tested.labels, class_maps, tested.boxes, strict=True), len(maps), all_metrics)
+    return metrics
+
+
+def localize(predictions, count, all_metrics=False):
+    """Metrics of localization.
+
+    Args:
+        predictions: Of each image its logits S_c (C,), its label, M_c of its true class, upsampled to the image (H, W),
+            and its true boxes, (4,) or (n, 4).
+        count: Number of images.
+        all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.
+
+    Returns:
+        Metrics by name, each in 0..1.
+    """
+    measured, ranks = [], []
+    hidden = None if all_metrics else True  # None: the progress bar is shown on a terminal only
+    for logits, label, class_map, boxes in tqdm(predictions, "measuring", count, leave=False, disable=hidden):
+        ranks.append((logits > logits[label]).sum())  # number of classes with a higher score
+        measured.append(measure(class_map, boxes, all_metrics))
+    return summarize(measured, np.array(ranks))
 
 
 def format_metrics(metrics, count):
-    """The metrics of `count` test images as lines of text."""
+    """The metrics of `count` test images as lines of text, the accuracy with its standard error."""
     lines = [f"    {title:<24}{metrics[name]:8.2%}" for name, title in METRIC_TITLES.items() if name in metrics]
+    lines[0] += f" +- {(metrics['accuracy'] * (1 - metrics['accuracy']) / count) ** 0.5:.2%}"
     return "\n".join([f"on all {count:,} test images", *lines])
 
 
-def measure(maps, boxes, all_metrics=False):
-    """Measures each map (N, H, W), at the size of the image, against its box (N, 4).
+def measure(class_map, boxes, all_metrics=False):
+    """Measures a map (H, W), upsampled to the size of the image, against the true boxes, (4,) or (n, 4).
 
     Returns:
-        Arrays by name: "iou" of the box by the 20% rule, "pointing" and "energy", (N,). With `all_metrics` also "ious"
-        at each threshold of MaxBoxAcc, (N, 100), and the number of pixels in each bin of the normalized map, "inside"
-        and "outside" of the box, (N, PIXEL_BINS + 1).
+        By name: "iou" of the box by the 20% rule, "pointing" and "energy". With `all_metrics` also "ious" at each
+        threshold of MaxBoxAcc, (100,), and the number of pixels in each bin of the normalized map, "inside" and
+        "outside" of the boxes, (PIXEL_BINS + 1,).
     """
-    found = [bounding_box(class_map) or (0, 0, 0, 0) for class_map in maps]
-    masks = np.zeros(maps.shape, bool)
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+    boxes, mask = np.reshape(boxes, (-1, 4)), np.zeros(class_map.shape, bool)
+    for x0, y0, x1, y1 in np.rint(boxes).astype(int):
         mask[y0:y1, x0:x1] = True
-    peaks = maps.reshape(len(maps), -1).argmax(axis=1)
-    positive = np.maximum(maps, 0, dtype=np.float64)
-    total = positive.sum(axis=(1, 2))
+    found = np.array(bounding_box(class_map) or (0, 0, 0, 0))
+    positive = np.maximum(class_map, 0, dtype=np.float64)
     measured = {
-        "iou": intersection_over_union(np.array(found), boxes),
-        "pointing": masks.reshape(len(maps), -1)[np.arange(len(maps)), peaks],
-        "energy": (positive * masks).sum(axis=(1, 2)) / np.where(total > 0, total, 1),
+        "iou": intersection_over_union(found, boxes).max(),
+        "pointing": mask.flat[class_map.argmax()],
+        "energy": positive[mask].sum() / (positive.sum() or 1),
     }
     if all_metrics:
-        normalized = normalize(maps)
-        found = [
-            [largest_component_box(class_map >= threshold) or (0, 0, 0, 0) for threshold in BOX_THRESHOLDS]
-            for class_map in normalized
-        ]  # (N, 100, 4)
-        measured["ious"] = intersection_over_union(np.array(found), boxes[:, None])
+        normalized = normalize(class_map)
+        found = np.array([largest_component_box(normalized >= share) or (0, 0, 0, 0) for share in BOX_THRESHOLDS])
+        measured["ious"] = intersection_over_union(found[:, None], boxes).max(axis=1)
         bins = (normalized * PIXEL_BINS).astype(int)
-        for name, part in ("inside", masks), ("outside", ~masks):
-            counts = [np.bincount(b[p], minlength=PIXEL_BINS + 1) for b, p in zip(bins, part, strict=True)]
-            measured[name] = np.array(counts)
+        measured["inside"] = np.bincount(bins[mask], minlength=PIXEL_BINS + 1)
+        measured["outside"] = np.bincount(bins[~mask], minlength=PIXEL_BINS + 1)
     return measured
 
 
-def summarize(measured, correct):
-    """Metrics of N images from what `measure` found, and whether each was classified correctly, (N,)."""
+def summarize(measured, ranks):
+    """Metrics of N images.
+
+    Args:
+        measured: What `measure` returns for each image.
+        ranks: Rank of each image's true class by its score, (N,): 0 for the predicted class.
+    """
+    measured = {name: np.array([image[name] for image in measured]) for name in measured[0]}  # name -> (N, ...)
     localized = measured["iou"] >= IOU_THRESHOLD
     metrics = {
         "gt_known": localized.mean(),
-        "top1": (localized & correct).mean(),
+        "top1": (localized & (ranks < 1)).mean(),
+        "top5": (localized & (ranks < 5)).mean(),
         "mean_iou": measured["iou"].mean(),
         "pointing": measured["pointing"].mean(),
         "energy": measured["energy"].mean(),
     }
     if "ious" in measured:
-        metrics["max_box_acc"] = (measured["ious"] >= IOU_THRESHOLD).mean(axis=0).max()
+        shares = (measured["ious"] >= IOU_THRESHOLD).mean(axis=0)  # at each threshold
+        metrics |= {"max_box_acc": shares.max(), "threshold": BOX_THRESHOLDS[shares.argmax()]}
         metrics["pxap"] = average_precision(measured["inside"].sum(axis=0), measured["outside"].sum(axis=0))
-    return metrics
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def intersection_over_union(boxes, others):

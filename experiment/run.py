@@ -1,5 +1,6 @@
 """A training run on disk: its lock, settings, checkpoint and history. It resumes bit for bit, even after `kill -9`."""
 
+import contextlib
 import csv
 import json
 import os
@@ -86,8 +87,12 @@ class RunFolder:
         for folder in self.out.glob("img_*"):
             if folder.name.removeprefix("img_").isdecimal():
                 shutil.rmtree(folder)
+        for path in [*self.out.glob("maps/*.npy"), *self.out.glob("weights/*.npz")]:
+            if path.stem.isdecimal():
+                path.unlink()
         for name in "maps", "weights":
-            shutil.rmtree(self.out / name, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it is missing, or has other files
+                (self.out / name).rmdir()
         (self.out / SETTINGS).unlink(missing_ok=True)
 
     def steps(self):

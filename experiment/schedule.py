@@ -1,4 +1,4 @@
-"""The order of the training images, and the learning rate."""
+"""The order of the training images, the learning rate, and the choice of some steps."""
 
 from functools import lru_cache
 

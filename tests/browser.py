@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -91,21 +90,22 @@ class Browser:
     def resize(self, width, height):
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
-    def press(self, key):
+    def press(self, key, control=False):
         code, number = KEYS[key]
-        options = {"key": key, "code": code, "windowsVirtualKeyCode": number}
+        options = {"key": key, "code": code, "windowsVirtualKeyCode": number, "modifiers": 2 * control}
         if key in (" ", "Enter"):
             options["text"] = key.replace("Enter", "\r")
         self.send("Input.dispatchKeyEvent", type="keyDown", **options)
         self.send("Input.dispatchKeyEvent", type="keyUp", **options)
 
-    def drag(self, *points):
-        """Presses the mouse button at the first point (x, y), moves to the others, and releases it."""
+    def drag(self, *points, button="left"):
+        """Presses a mouse button at the first point (x, y), moves to the others, and releases it."""
+        mask = {"left": 1, "right": 2}[button]
         for index, (x, y) in enumerate(points):
-            self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, buttons=int(index > 0))
+            self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y, buttons=mask * (index > 0))
             if index == 0:
-                self.send("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, button="left", clickCount=1)
-        self.send("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button="left", clickCount=1)
+                self.send("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, button=button, clickCount=1)
+        self.send("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button=button, clickCount=1)
 
     def middle(self, selector):
         """Where the middle of an element is on the screen, after scrolling it into view."""
@@ -125,6 +125,8 @@ class Browser:
 
 def make_pipe(end):
     """A pipe, of which the browser gets `end`, with a number above 4, and we the other one."""
+    import fcntl  # not on Windows
+
     ends = os.pipe()
     theirs = fcntl.fcntl(ends[end], fcntl.F_DUPFD, 10)
     os.close(ends[end])

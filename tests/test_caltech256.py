@@ -1,5 +1,6 @@
 """caltech256.py, run as a user runs it: on a small archive of coloured shapes, and a little on real photos."""
 
+import csv
 import json
 import re
 import shutil
@@ -16,14 +17,15 @@ from skimage import data, draw
 import caltech256
 from alexnet import alexnet
 from cam import class_activation_model
-from data.photos import load_photos
+from data.photos import Photo, load_photos
+from show import Network, predict_cams
 
 SHAPES = {"001.disc": (220, 40, 40), "002.square": (40, 60, 220), "003.stripes": (30, 200, 60)}
 SMALL = ["--weights", "none", "--batch-size", 4, "--every", 2, "--samples", 4]
 
 
 def shape(category, rng):
-    """A photo of a shape somewhere on noise, of a size of its own."""
+    """A photo of a shape somewhere on noise, of a size of its own, and the box of the shape."""
     height, width = rng.integers(60, 110, 2)
     pixels = rng.integers(90, 160, (height, width, 3)).astype(np.uint8)
     y, x, side = rng.integers(20, height - 20), rng.integers(20, width - 20), 14
@@ -33,17 +35,21 @@ def shape(category, rng):
     elif category == "003.stripes":
         rows, columns = rows[::4], columns[::4]
     pixels[rows, columns] = SHAPES[category]
-    return pixels
+    return pixels, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     rng = np.random.default_rng(0)
-    files = {
-        f"256_ObjectCategories/{category}/{category[:3]}_{index:04}.jpg": encoded(shape(category, rng))
-        for category in SHAPES
-        for index in range(1, 15)
-    }
+    files, lines = {}, ["file,x0,y0,x1,y1"]
+    for category in SHAPES:
+        for index in range(1, 15):
+            name = f"{category}/{category[:3]}_{index:04}.jpg"
+            pixels, box = shape(category, rng)
+            files[f"256_ObjectCategories/{name}"] = encoded(pixels)
+            if index % 4:  # some photos have no boxes, and some have two
+                lines += [",".join(map(str, [name, *box]))] + index % 2 * [f"{name},1,1,9,9"]
+    files["256_ObjectCategories/boxes.csv"] = "\n".join(lines).encode()
     return write_tar(tmp_path_factory.mktemp("photos") / "shapes.tar", files)
 
 
@@ -57,7 +63,7 @@ def small_run(archive):
 
 def test_what_a_run_writes(small_run, archive):
     out, process = small_run
-    assert "12 training photos, 30 test photos of 3 categories" in process.stdout
+    assert "12 training photos, 30 test photos of 3 classes, 24 test photos with boxes" in process.stdout
     assert "on all 30 test images" in process.stdout
     maps = [f"cmap_{step}.png" for step in (0, 2, 3)]
     for sample in range(4):
@@ -71,9 +77,13 @@ def test_what_a_run_writes(small_run, archive):
     history = rows(out / "history.csv")
     assert [row["step"] for row in history] == ["0", "2", "3"]
     assert [row["images"] for row in history] == ["0", "8", "12"]
+    assert all(0 <= float(row["test_gt_known"]) <= 1 for row in history)
+    assert "GT-known localization" in process.stdout
     page = json.loads(re.search(r"^const run = (.*);$", (out / "index.html").read_text(), re.MULTILINE)[1])
     assert page["classes"] == ["disc", "square", "stripes"]
     assert page["labels"] == [0, 1, 2, 0]
+    assert [len(boxes) for boxes in page["boxes"]] == [1, 2, 2, 1]  # of the second box of photo 0 the crop has nothing
+    assert page["steps"][-1]["gt_known"] == float(history[-1]["test_gt_known"])
     # The picture is that of the photo, in colour, and the map over it is that of the saved model.
     _, test, _, _ = load_photos(archive)
     photo = caltech256.decode(test.images[1], 256, 224)
@@ -82,6 +92,61 @@ def test_what_a_run_writes(small_run, archive):
     _, found = class_activation_model(keras.models.load_model(out / "alexnet.keras")).predict(photo[None], verbose=0)
     saved = np.load(out / "maps" / "3.npy")[1]
     assert np.corrcoef(saved.ravel(), found[0, :, :, 1].ravel())[0, 1] > 0.98
+
+
+def test_a_model_is_measured_as_show_py_sees_the_photos(small_run, archive, tmp_path):
+    """Against boxes that show.py finds for each photo, compared pixel by pixel with the true ones."""
+    model = small_run[0] / "alexnet.keras"
+    process = run("caltech256.py", "--evaluate", model, "--data", archive, "--out", tmp_path / "measured")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "measured" / "confusion.png").exists()
+    found = dict(re.findall(r"^ {4,}(\S.*?) +([\d.]+)%", process.stdout, re.MULTILINE))
+
+    with tarfile.open(archive) as members:
+        members.extractall(tmp_path, filter="data")
+    boxes = {}
+    for name, *box in list(csv.reader((tmp_path / "256_ObjectCategories" / "boxes.csv").open()))[1:]:
+        boxes.setdefault(name, []).append(tuple(map(int, box)))
+    network, correct, localized, top1 = Network(model), 0, 0, 0
+    photos = sorted((tmp_path / "256_ObjectCategories").glob("*/*.jpg"))
+    for path in photos:
+        label = list(SHAPES).index(path.parent.name)
+        crop = caltech256.decode(Photo(path.name, path, 0, path.stat().st_size), 256, 224)
+        correct += network.predict(crop)[0].argmax() == label
+        for true in [boxes.get(f"{path.parent.name}/{path.name}")]:
+            if true is None:
+                continue
+            cams = predict_cams(path, network, classes=[label])
+            x0, y0, x1, y1 = cams.boxes[0] or (0, 0, 0, 0)
+            pixels = {(x, y) for x in range(x0, x1) for y in range(y0, y1)}
+            others = [{(x, y) for x in range(b[0], b[2]) for y in range(b[1], b[3])} for b in true]
+            hit = max(len(pixels & other) / len(pixels | other) for other in others) >= 0.5
+            localized += hit
+            top1 += hit and predict_cams(path, network, top=1).classes[0] == label
+    assert len(photos) == 42
+    assert len(boxes) == 33
+    assert float(found["accuracy"]) == pytest.approx(100 * correct / 42, abs=0.01)
+    assert float(found["GT-known localization"]) == pytest.approx(100 * localized / 33, abs=0.01)
+    assert float(found["top-1 localization"]) == pytest.approx(100 * top1 / 33, abs=0.01)
+    assert found["top-5 localization"] == found["GT-known localization"]  # of three classes
+    assert {"mean IoU", "pointing game", "energy in the box", "MaxBoxAcc", "PxAP"} < set(found)
+
+
+def test_a_folder_of_photos_of_ones_own(tmp_path):
+    """Any names, a test set of its own, no boxes; and a fifth of the training photos as validation set."""
+    rng = np.random.default_rng(3)
+    for part, count in (("train", 6), ("val", 2)):
+        for name, category in (("discs", "001.disc"), ("squares", "002.square")):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                Image.fromarray(shape(category, rng)[0]).save(tmp_path / part / name / f"photo {index}.jpeg")
+    process = run("caltech256.py", "--data", tmp_path, "--out", tmp_path / "out", "--steps", 1, *SMALL)
+    assert process.returncode == 0, process.stderr
+    assert "12 training photos, 4 test photos of 2 classes" in process.stdout
+    assert "has no boxes.csv, so localization is not measured" in process.stdout
+    assert "GT-known" not in process.stdout
+    folded = run("caltech256.py", "--data", tmp_path, "--out", tmp_path / "out2", "--steps", 1, "--fold", 2, *SMALL)
+    assert "10 training photos, 2 test photos of 2 classes" in folded.stdout, folded.stderr
 
 
 def test_a_finished_run_stays_as_it_is(small_run, archive):
@@ -108,7 +173,8 @@ def test_a_run_continues_bit_for_bit(small_run, archive, tmp_path):
 
 def test_a_photo_in_maps_out(small_run, tmp_path):
     out, _ = small_run
-    pixels = shape("002.square", np.random.default_rng(1)).repeat(8, axis=0).repeat(8, axis=1)
+    pixels, _ = shape("002.square", np.random.default_rng(1))
+    pixels = pixels.repeat(8, axis=0).repeat(8, axis=1)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     model = out / "alexnet.keras"
     process = run("show.py", tmp_path / "photo.png", "--model", model, "--top", 3, "--npy", "--out", tmp_path)
@@ -143,6 +209,8 @@ def test_bad_input(archive, tmp_path):
         (["--data", tmp_path / "no.tar", *here], ["no.tar is missing"]),
         (["--data", archive, *here, "--weights", tmp_path / "no.npz"], ["no.npz is missing"]),
         (["--data", archive, *here, "--batch-size", 13], ["--batch-size 13", "12"]),
+        (["--data", archive, *here, "--fold", 6], ["--fold", "6 is not in 1 to 5"]),
+        (["--data", archive, *here, "--evaluate", tmp_path / "no.keras"], ["no.keras is missing"]),
         (
             ["--data", archive, *here, "--pretrained-lr-scale", 0.5],
             ["--pretrained-lr-scale is not a setting of the scratch recipe"],
@@ -166,7 +234,7 @@ def test_a_photo_that_vanishes_during_training(archive, tmp_path):
             return make(train, settings, step)
         caltech256.make_batch = make_batch
         parser = caltech256.make_parser("caltech256.py", "", caltech256.SETTINGS, caltech256.RECIPES)
-        parser.set_defaults(categories=None)
+        parser.set_defaults(categories=None, test_share=None, fold=None)
         settings = parser.parse_args()
         caltech256.fill_in_recipe(parser, settings, "scratch", caltech256.RECIPES)
         caltech256.run_main("caltech256.py", caltech256.main, settings)

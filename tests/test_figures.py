@@ -64,7 +64,7 @@ def test_class_maps_are_on_one_scale_about_zero_and_boxes_in_their_place(tmp_pat
     np.testing.assert_array_equal(picture[:, 416:616], np.broadcast_to(none, (100, 200, 3)))
     np.testing.assert_array_equal(picture[:49, 624:824], np.broadcast_to(high, (49, 200, 3)))
     np.testing.assert_array_equal(picture[50, 724:824], np.full((100, 3), 255))
-    np.testing.assert_array_equal(picture[54:96, 730:818], np.broadcast_to(high, (42, 88, 3)))
+    np.testing.assert_array_equal(picture[54:96, 732:816], np.broadcast_to(high, (42, 84, 3)))
     scale = picture[:, 832 : 832 + 50]  # its bar
     assert (abs(scale[50] - 2.0 * none) <= 8).all()  # of the row beside the exact middle
 
@@ -178,8 +178,9 @@ def test_a_location_depends_on_its_receptive_field_and_on_nothing_else(network, 
 def test_patterns_are_the_images_with_the_highest_scores_of_their_class(tmp_path):
     rng = np.random.default_rng(5)
     images, labels = rng.integers(0, 256, (30, 20, 24, 1), dtype=np.uint8), np.arange(30) % 2
-    scores, maps = rng.normal(size=30), rng.normal(size=(30, 5, 6)).astype(np.float32)
-    figures.save_patterns(tmp_path / "patterns.png", Split(images, labels, None), scores, maps, ["a", "b"])
+    logits, maps = rng.normal(size=(30, 2)), rng.normal(size=(30, 5, 6)).astype(np.float32)
+    scores = logits[range(30), labels]
+    figures.save_patterns(tmp_path / "patterns.png", Split(images, labels, None), logits, maps, ["a", "b"])
     picture = np.asarray(Image.open(tmp_path / "patterns.png"))
     height, width = 167, 200  # of an image
     title = picture.shape[0] // 2 - height
@@ -194,10 +195,11 @@ def test_patterns_are_the_images_with_the_highest_scores_of_their_class(tmp_path
             x0, y0, x1, y1 = (edge * width / 24 for edge in bounding_box(class_map))
             edges = np.zeros((height, width), bool)  # where the frame is
             y, x = np.mgrid[:height, :width]
-            edges |= (x > x0 - 3) & (x < x1 + 3) & (y > y0 - 3) & (y < y1 + 3)
-            edges &= ~((x > x0 + 3) & (x < x1 - 3) & (y > y0 + 3) & (y < y1 - 3))
+            edges |= (x > x0 - 4) & (x < x1 + 4) & (y > y0 - 4) & (y < y1 + 4)
+            edges &= ~((x > x0 + 4) & (x < x1 - 4) & (y > y0 + 4) & (y < y1 - 4))
             np.testing.assert_array_equal(shown[~edges], expected[~edges])
             assert (shown[edges] == 255).all(axis=-1).sum() > x1 - x0 + y1 - y0
+            assert (shown[edges] == 0).all(axis=-1).sum() > x1 - x0 + y1 - y0
 
 
 def test_units_are_shown_at_their_strongest_place(tmp_path):

@@ -38,19 +38,26 @@ def boxes():
     return np.stack([x0, y0, x0 + rng.integers(1, 15, 10), y0 + rng.integers(1, 11, 10)], axis=1)
 
 
-def test_measures_are_those_of_a_naive_computation(maps, boxes):
-    found = metrics.measure(maps, boxes)
-    for index, (class_map, (x0, y0, x1, y1)) in enumerate(zip(maps, boxes, strict=True)):
-        assert found["iou"][index] == pytest.approx(naive_iou(bounding_box(class_map), (x0, y0, x1, y1)))
-        y, x = np.unravel_index(class_map.argmax(), class_map.shape)
-        assert found["pointing"][index] == (x0 <= x < x1 and y0 <= y < y1)
+def measure_all(maps, boxes, all_metrics=False):
+    return [metrics.measure(class_map, of_image, all_metrics) for class_map, of_image in zip(maps, boxes, strict=True)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_measures_are_those_of_a_naive_computation(maps, boxes, count):
+    """Of several boxes the best IoU, and their union."""
+    for index, class_map in enumerate(maps):
+        of_image = np.roll(boxes, index, axis=0)[:count]
+        found = metrics.measure(class_map, of_image[0] if count == 1 else of_image)
+        assert found["iou"] == pytest.approx(max(naive_iou(bounding_box(class_map), box) for box in of_image))
+        union = {(y, x) for x0, y0, x1, y1 in of_image for y in range(y0, y1) for x in range(x0, x1)}
+        assert found["pointing"] == (np.unravel_index(class_map.argmax(), class_map.shape) in union)
         positive = class_map.clip(min=0).astype(float)
-        assert found["energy"][index] == pytest.approx(positive[y0:y1, x0:x1].sum() / positive.sum())
+        assert found["energy"] == pytest.approx(sum(positive[place] for place in union) / positive.sum())
 
 
 def test_pixel_average_precision_is_that_of_a_loop_over_thresholds(maps, boxes):
-    found = metrics.measure(maps, boxes, all_metrics=True)
-    measured = metrics.summarize(found, np.ones(10, bool))["pxap"]
+    found = measure_all(maps, boxes, all_metrics=True)
+    measured = metrics.summarize(found, np.zeros(10))["pxap"]
     scores = (normalize(maps) * metrics.PIXEL_BINS).astype(int)
     inside = np.zeros(maps.shape, bool)
     for mask, (x0, y0, x1, y1) in zip(inside, boxes, strict=True):
@@ -65,16 +72,27 @@ def test_pixel_average_precision_is_that_of_a_loop_over_thresholds(maps, boxes):
 
 
 def test_max_box_accuracy_is_the_best_over_thresholds(maps, boxes):
-    found = metrics.measure(maps, boxes, all_metrics=True)
-    measured = metrics.summarize(found, np.ones(10, bool))["max_box_acc"]
+    found = metrics.summarize(measure_all(maps, boxes, all_metrics=True), np.zeros(10))
     normalized = normalize(maps)
-    expected = max(
+    expected = [
         np.mean(
             [naive_iou(box_of_largest(m >= level / 100), box) >= 0.5 for m, box in zip(normalized, boxes, strict=True)]
         )
         for level in range(100)
-    )
-    assert measured == pytest.approx(expected)
+    ]
+    assert found["max_box_acc"] == pytest.approx(max(expected))
+    assert found["threshold"] == pytest.approx(expected.index(max(expected)) / 100)
+
+
+def test_ranks_decide_top_1_and_top_5():
+    """Boxes of images 0, 1 and 2 are right; their true classes are first, fifth and sixth."""
+    class_map = np.zeros((20, 20), np.float32)
+    class_map[5:9, 4:10] = 1
+    boxes = [(4, 5, 10, 9), [(0, 0, 2, 2), (4, 5, 10, 9)], (4, 5, 10, 9), (0, 0, 2, 2)]
+    logits = np.arange(10.0)
+    predictions = [(logits, label, class_map, box) for label, box in zip((9, 5, 4, 9), boxes, strict=True)]
+    found = metrics.localize(predictions, 4)
+    assert (found["gt_known"], found["top1"], found["top5"]) == (0.75, 0.25, 0.5)
 
 
 def test_boxes_are_those_of_scikit_image(maps):
@@ -94,11 +112,11 @@ def test_known_cases():
     maps[2, 12:14, 12:14] = 1
     maps[3] = -1
     boxes = np.tile([4, 5, 10, 9], (4, 1))
-    found = metrics.measure(maps, boxes, all_metrics=True)
-    assert found["iou"].tolist() == [1, 0.5, 0, 0]
-    assert found["pointing"].tolist() == [True, True, False, False]
-    assert found["energy"].tolist() == [1, 1, 0, 0]
-    found_metrics = metrics.summarize(found, correct=np.array([True, False, True, True]))
+    found = measure_all(maps, boxes, all_metrics=True)
+    assert [image["iou"] for image in found] == [1, 0.5, 0, 0]
+    assert [image["pointing"] for image in found] == [True, True, False, False]
+    assert [image["energy"] for image in found] == [1, 1, 0, 0]
+    found_metrics = metrics.summarize(found, ranks=np.array([0, 3, 0, 0]))
     assert found_metrics["gt_known"] == 0.5
     assert found_metrics["top1"] == 0.25
     assert found_metrics["mean_iou"] == 0.375
@@ -112,8 +130,9 @@ def test_known_cases():
 def test_perfect_maps_measure_one():
     maps = np.zeros((3, 12, 12))
     maps[:, 2:6, 3:9] = 1
-    found = metrics.measure(maps, np.tile([3, 2, 9, 6], (3, 1)), all_metrics=True)
-    assert set(metrics.summarize(found, np.ones(3, bool)).values()) == {1.0}
+    found = metrics.summarize(measure_all(maps, np.tile([3, 2, 9, 6], (3, 1)), all_metrics=True), np.zeros(3))
+    assert found.pop("threshold") == 0.01
+    assert set(found.values()) == {1.0}
 
 
 def test_evaluate_is_the_same_whatever_the_chunks(monkeypatch):
@@ -127,7 +146,8 @@ def test_evaluate_is_the_same_whatever_the_chunks(monkeypatch):
     assert metrics.evaluate(logits, maps, tested, all_metrics=True) == pytest.approx(whole, rel=1e-6)
     right = logits.argmax(axis=1) == labels
     assert whole["accuracy"] == right.mean()
-    found_metrics = metrics.summarize(metrics.measure(upsample(maps, 24, 20), boxes), right)
+    ranks = np.array([sorted(-scores).index(-scores[label]) for scores, label in zip(logits, labels, strict=True)])
+    found_metrics = metrics.summarize(measure_all(upsample(maps, 24, 20), boxes), ranks)
     assert {name: whole[name] for name in found_metrics} == pytest.approx(found_metrics, rel=1e-6)
     assert list(metrics.evaluate(logits, maps, tested._replace(boxes=None))) == ["accuracy"]
 

@@ -1,11 +1,16 @@
 """data/photos.py: archives of small photos, made here."""
 
+import gzip
+import io
+import re
+import tarfile
+
 import numpy as np
 import pytest
 from conftest import encoded, write_tar
 from PIL import Image
 
-from data.photos import Photo, decode, load_photos
+from data.photos import Photo, crop_boxes, decode, load_all_photos, load_photos
 from experiment.files import UserError
 
 COUNT = 12  # photos of each category: 2 for training, 10 to test
@@ -54,7 +59,7 @@ def test_categories_by_name_and_folder(tmp_path):
     train, test, names, _ = load_photos(archive, ["mouse", "001.bike"])
     assert names == ["bike", "mouse"]
     assert set(train.labels) == set(test.labels) == {0, 1}
-    with pytest.raises(UserError, match="no category 'tea'; it has bike, mug, mouse"):
+    with pytest.raises(UserError, match="no class 'tea'; it has bike, mug, mouse"):
         load_photos(archive, ["mouse", "tea"])
 
 
@@ -73,7 +78,8 @@ def test_what_is_out_of_the_ordinary(tmp_path):
     train, test, _, counts = load_photos(write_tar(tmp_path / "archive.tar", files))
     assert counts == {
         "unreadable photos left out": 2,
-        "files with other names or sizes left out": 4,
+        "other files left out": 2,
+        "photos elsewhere left out": 2,
     }
     assert len(train.images) + len(test.images) == len(FILES) + 2
     last = [photo for photo, label in zip(test.images, test.labels, strict=True) if label == 0][-2:]
@@ -90,13 +96,19 @@ def test_archives_that_cannot_be_used(tmp_path):
     (tmp_path / "half.tar").write_bytes(whole[: len(whole) // 2 + 100])
     with pytest.raises(UserError, match=r"half\.tar is not a complete \.tar"):
         load_photos(tmp_path / "half.tar")
-    with pytest.raises(UserError, match=r"other\.tar has no photos"):
+    with pytest.raises(UserError, match=r"other\.tar has photos of 0 classes"):
         load_photos(write_tar(tmp_path / "other.tar", {"photo.jpg": b"?"}))
-    with pytest.raises(UserError, match=r"003\.cup has 10 photos; at least 11"):
+    with pytest.raises(UserError, match=r"cup has 10 photos; at least 11"):
         load_photos(write_tar(tmp_path / "few.tar", FILES | photos_of("003.cup", 10)))
-    twice = {f"copy/{name}": content for name, content in photos_of("001.bike").items()}
-    with pytest.raises(UserError, match=r"duplicate photos of 001\.bike"):
-        load_photos(write_folder(tmp_path / "twice", FILES | twice))
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for name, content in [*FILES.items(), next(iter(FILES.items()))]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    with pytest.raises(UserError, match="duplicate photos of mug"):
+        load_photos(tmp_path / "twice.tar")
+    copy = {f"copy/{name}": content for name, content in photos_of("001.bike").items()}
+    assert load_photos(write_folder(tmp_path / "copy", FILES | copy))[3] == {"photos elsewhere left out": COUNT}
 
 
 @pytest.mark.parametrize("size", [(60, 100), (100, 60), (70, 70), (20, 33)])
@@ -138,3 +150,153 @@ def test_a_photo_that_was_turned_in_the_camera(tmp_path):
     crop = decode(Photo(path.name, path, 0, path.stat().st_size), 20, 20)
     assert crop[:8].mean() < 20
     assert crop[-8:].mean() > 235
+
+
+def shade(value, size=(40, 30)):
+    return encoded(np.full((size[1], size[0], 3), value, np.uint8), "PNG")
+
+
+PETS = {f"pets/{name}/{name} no {index:02}.PNG": shade(index) for name in ("cats", "dogs") for index in range(13)}
+JUNK = {"pets/.DS_Store": b"1", "pets/cats/._cats no 01.png": shade(1), "__MACOSX/cats/a.png": shade(1)}
+JUNK |= {"pets/README.txt": b"pets"}
+
+
+def names_of(split):
+    return [photo.name.split("/")[-1] for photo in split.images]
+
+
+def write_gz(path, files):
+    path = path.with_name("pets.tar.gz")
+    path.write_bytes(gzip.compress(write_tar(path.with_suffix(""), files).read_bytes()))
+    path.with_suffix("").unlink()
+    return path
+
+
+@pytest.mark.parametrize("write", [write_tar, write_gz, write_folder])
+@pytest.mark.parametrize("root", ["pets/", "", "a/b/"])
+def test_a_folder_for_each_class(write, root, tmp_path):
+    files = {name.replace("pets/", root): content for name, content in (PETS | JUNK).items()}
+    files[f"{root}dogs/more/deeper.jpg"] = shade(200)
+    files[f"{root}on its own.jpg"] = shade(200)
+    archive = write(tmp_path / "pets", files)
+    for _ in range(2):  # the second time a .tar.gz has been unpacked
+        train, test, names, counts = load_photos(archive)
+        assert names == ["cats", "dogs"]
+        assert counts == {"other files left out": 4, "photos elsewhere left out": 1}
+        assert names_of(train) == [f"cats no {k:02}.PNG" for k in range(3)] + [f"dogs no {k:02}.PNG" for k in range(4)]
+        assert names_of(test)[-2:] == ["cats no 12.PNG", "deeper.jpg"]
+        assert test.labels.tolist() == 10 * [0, 1]
+        assert train.boxes is None
+
+
+def test_a_share_of_each_class_as_test_set(tmp_path):
+    archive = write_tar(tmp_path / "pets.tar", PETS | {"pets/emus/a.png": shade(1), "pets/emus/b.png": shade(2)})
+    train, test, names, _ = load_photos(archive, test_share=0.25)
+    assert names == ["cats", "dogs", "emus"]
+    assert np.bincount(train.labels).tolist() == [10, 10, 1]
+    assert test.labels.tolist() == [0, 1, 2, 0, 1, 0, 1]
+    with pytest.raises(UserError, match="emus has 2 photos; at least 11 are needed"):
+        load_photos(archive)
+
+
+@pytest.mark.parametrize("test_name", ["test", "val"])
+def test_a_training_and_a_test_set_are_taken_as_they_are(test_name, tmp_path):
+    files = {f"pets/train/{name}/{k}.png": shade(k) for name in ("cats", "dogs") for k in range(3)}
+    files |= {f"pets/{test_name}/dogs/{k}.png": shade(k) for k in range(2)} | {"pets/old/dogs/1.png": shade(1)}
+    train, test, names, counts = load_photos(write_folder(tmp_path / "data", files))
+    assert (names, train.labels.tolist(), test.labels.tolist()) == (["cats", "dogs"], [0, 0, 0, 1, 1, 1], [1, 1])
+    assert counts == {"photos elsewhere left out": 1}
+    with pytest.raises(UserError, match="--test-share is for data without one"):
+        load_photos(tmp_path / "data", test_share=0.5)
+    write_folder(tmp_path / "data", {f"pets/{test_name}/emus/1.png": shade(1)})
+    with pytest.raises(UserError, match="emus is in the test set, but not in the training set"):
+        load_photos(tmp_path / "data")
+
+
+def test_folds_are_fifths_of_the_training_photos(tmp_path):
+    archive = write_tar(tmp_path / "pets.tar", PETS | {f"pets/emus/{k:02}.png": shade(k) for k in range(21)})
+    known = load_photos(archive, test_share=0.4)[0]
+    found = []
+    for fold in range(1, 6):
+        train, test, _, _ = load_photos(archive, test_share=0.4, fold=fold)
+        assert sorted(names_of(train) + names_of(test)) == sorted(names_of(known))
+        found += names_of(test)
+        places = [names_of(known).index(photo.name.split("/")[-1]) for photo in test.images if "emus" in photo.name]
+        assert places == list(range(places[0], places[-1] + 1))  # one piece of the class
+    assert sorted(found) == sorted(names_of(known))
+    with pytest.raises(UserError, match="cats has 3 training photos; --fold needs 5"):
+        load_photos(archive, fold=1)
+
+
+def test_empty_folders_and_unreadable_classes(tmp_path):
+    folder = write_folder(tmp_path / "data", PETS)
+    (folder / "pets" / "emus").mkdir()
+    assert load_photos(folder)[3] == {"empty folders left out": 1}
+    (folder / "pets" / "emus" / "1.png").write_bytes(b"no photo")
+    with pytest.raises(UserError, match="emus has 0 photos; at least 11 are needed"):
+        load_photos(folder)
+    with pytest.raises(UserError, match="has no photos"):
+        load_photos(write_folder(tmp_path / "nothing", JUNK))
+    with pytest.raises(UserError, match="has photos of 1 classes; two or more"):
+        load_photos(folder, ["cats"])
+
+
+BOX_LINES = (
+    "file,x0,y0,x1,y1\ncats/cats no 12.PNG,1,2,11,12\ncats/cats no 12.PNG,0,0,40,30\n\ndogs\\dogs no 00.PNG,3,4,5,6.5"
+)
+
+
+def test_boxes(tmp_path):
+    files = PETS | {"pets/boxes.csv": ("\ufeff" + BOX_LINES + "\ncats/none.png,1,1,2,2\n").encode()}
+    train, test, _, counts = load_photos(write_tar(tmp_path / "pets.tar", files))
+    assert counts == {"boxes without a photo left out": 1}
+    assert {name: box.tolist() for name, box in zip(names_of(test), test.boxes, strict=True) if box is not None} == {
+        "cats no 12.PNG": [[1, 2, 11, 12], [0, 0, 40, 30]]
+    }
+    assert [box.tolist() for box in train.boxes if box is not None] == [[[3, 4, 5, 6.5]]]
+    split, _ = load_all_photos(tmp_path / "pets.tar", ["emus", "dogs"])
+    assert split.labels.tolist() == [1] * 13
+    assert sum(box is not None for box in split.boxes) == 1
+    with pytest.raises(UserError, match="no folder with the name of a class of the model: emus"):
+        load_all_photos(tmp_path / "pets.tar", ["emus"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("cats/cats no 12.PNG,1,2,11", "line 6 has 4 values"),
+        ("cats/cats no 12.PNG,1,2,41,12", "line 6: no box in cats/cats no 12.PNG, which has 40 x 30 pixels"),
+        ("cats/cats no 12.PNG,11,2,11,12", "line 6: no box in"),
+        ("cats/cats no 12.PNG,a,2,11,12", "could not convert"),
+        ("cats/cats no 12.PNG,nan,2,11,12", "line 6: no box in"),
+    ],
+)
+def test_bad_boxes(line, message, tmp_path):
+    files = PETS | {"pets/boxes.csv": f"{BOX_LINES}\n{line}\n".encode()}
+    with pytest.raises(UserError, match=re.escape("pets/boxes.csv: ") + ".*" + message):
+        load_photos(write_tar(tmp_path / "pets.tar", files))
+    files["pets/boxes.csv"] = line.encode()
+    with pytest.raises(UserError, match="its first line is not file,x0,y0,x1,y1"):
+        load_photos(write_tar(tmp_path / "pets.tar", files))
+
+
+@pytest.mark.parametrize("size", [(120, 60), (50, 90)])
+def test_boxes_in_a_crop_are_where_the_crop_shows_them(size, tmp_path):
+    """A white box in a black photo, which is turned by its EXIF data."""
+    width, height = size
+    x0, y0, x1, y1 = width // 2 - 20, height // 2 - 10, width // 2 + 15, height // 2 + 20
+    pixels = np.zeros((height, width), np.uint8)
+    pixels[y0:y1, x0:x1] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned to the left: the file has it lying
+    Image.fromarray(np.rot90(pixels)).save(file := io.BytesIO(), "PNG", exif=exif)
+    files = PETS | {"pets/cats/x.png": file.getvalue()}
+    files["pets/boxes.csv"] = f"file,x0,y0,x1,y1\ncats/x.png,{x0},{y0},{x1},{y1}\n".encode()
+    _, test, _, _ = load_photos(write_tar(tmp_path / "pets.tar", files))
+    index = names_of(test).index("x.png")
+    assert (test.images[index].width, test.images[index].height) == size
+    (found,) = crop_boxes(test.images[index], test.boxes[index], 100, 80)
+    crop = decode(test.images[index], 100, 80)[:, :, 0] > 127
+    rows, columns = np.flatnonzero(crop.any(axis=1)), np.flatnonzero(crop.any(axis=0))
+    np.testing.assert_allclose(found, [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1)
+    assert not len(crop_boxes(test.images[index], [[0, 0, 1, 1]], 100, 80)) or width == height
