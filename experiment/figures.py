@@ -252,11 +252,10 @@ def report_classes(out, labels, predicted, class_names):
         if count:
             print(f"    {name:<{widest}}  {correct:,} of {count:,} ({correct / count:.1%})")
     shown = np.flatnonzero(counts)  # classes that have images
-    side = min(max(4, 0.35 * len(shown)), 20)  # inches
-    width = side * len(class_names) / max(len(shown), 1) if len(shown) > 1 else 2 * side
-    figure, axes = plt.subplots(figsize=(min(width, 20) + 2, side + 1), dpi=100, layout="constrained")
+    width, height = (min(2.5 + 0.35 * count, 20) for count in (len(class_names), len(shown)))  # inches
+    figure, axes = plt.subplots(figsize=(width, height), dpi=100, layout="constrained")
     axes.imshow(confusion[shown] / counts[shown, None], "Blues", vmin=0, vmax=1, aspect="auto")
-    axes.set(xlabel="predicted", ylabel="true", title="share of the images of each class")
+    axes.set(xlabel="predicted", ylabel="true", title="images of each class")
     if len(class_names) <= 60:
         axes.set_xticks(range(len(class_names)), class_names, rotation=90)
         axes.set_yticks(range(len(shown)), [class_names[c] for c in shown])

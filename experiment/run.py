@@ -19,8 +19,8 @@ from experiment.networks import class_names_file, images_file, save_network
 from experiment.schedule import spread
 
 SETTINGS, CHECKPOINT, PREVIOUS, LOCK = "settings.json", "checkpoint.npz", "checkpoint.previous.npz", "lock"
-OUTPUTS = (PREVIOUS, CHECKPOINT, "history.csv", "accuracy.png", "overview.png", "patterns.png", "units.png")
-PAGES = ("index.html", "draw.html")
+FIGURES = ("accuracy.png", "overview.png", "patterns.png", "units.png", "confusion.png", "index.html", "draw.html")
+OUTPUTS = (PREVIOUS, CHECKPOINT, "history.csv", *FIGURES)
 NOT_COMPARED = ("out", "fresh", "epochs", "evaluate")  # settings that do not change what a run computes
 START = time.monotonic()
 
@@ -82,7 +82,7 @@ class RunFolder:
     def clear(self):
         """Deletes what a run writes, and nothing else: checkpoints first and settings last, in case of a kill."""
         beside = (class_names_file(self.model_file), images_file(self.model_file))
-        for path in *(self.out / name for name in OUTPUTS + PAGES), self.model_file, *beside:
+        for path in *(self.out / name for name in OUTPUTS), self.model_file, *beside:
             path.unlink(missing_ok=True)
         for folder in self.out.glob("img_*"):
             if folder.name.removeprefix("img_").isdecimal():

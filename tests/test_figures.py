@@ -254,3 +254,16 @@ def test_the_figures_of_a_run(network, tmp_path):
     assert {f"img_{k}/{name}.png" for k in range(3) for name in ("classes", "evolution", "procedure")} <= written
     pixels = np.asarray(Image.open(tmp_path / "img_1" / "procedure.png"))
     assert pixels.shape[1] == 6 * 208  # the image and five terms; below them the rest, the map, and the scale
+
+
+def test_accuracy_of_each_class_and_confusion_matrix(tmp_path, capsys):
+    """Class c of three has no image; of four images of class a three are right."""
+    figures.report_classes(tmp_path / "new", np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 2, 1]), ["a", "bb", "c"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["    a   3 of 4 (75.0%)", "    bb  1 of 1 (100.0%)"]
+    assert len(lines) == 3
+    picture = np.asarray(Image.open(tmp_path / "new" / "confusion.png").convert("RGB")).astype(int)
+    colors = {tuple(color) for color in picture.reshape(-1, 3)[::7]}
+    for share, is_there in ((0, True), (0.25, True), (0.5, False), (0.75, True), (1, True)):
+        expected = np.rint(255 * np.array(matplotlib.colormaps["Blues"](share)[:3]))
+        assert any(np.abs(expected - color).max() <= 2 for color in colors) == is_there, share
