@@ -171,9 +171,13 @@ def localize_photos(cam_model, photos, all_metrics=False):
 
     def predict():
         for photo, label, boxes in boxed:
-            picture = read_picture(io.BytesIO(read_bytes(photo)))
+            try:
+                picture = read_picture(io.BytesIO(read_bytes(photo)))
+                pixels = scale_short_side(picture.pixels, SHORT_SIDE)
+            except UserError as error:
+                raise UserError(f"{photo.name}: {error}") from None
             height, width = picture.pixels.shape[:2]
-            logits, maps = cam_model.predict_on_batch(scale_short_side(picture.pixels, SHORT_SIDE)[None])
+            logits, maps = cam_model.predict_on_batch(pixels[None])
             class_map = cam.upsample(maps[:, :, :, label], height, width)[0]  # (H, W)
             yield logits[0], label, class_map, boxes * ([width / picture.width, height / picture.height] * 2)
 
