@@ -38,7 +38,7 @@ SETTINGS = {
     "batch_size": 32,
     "learning_rate": 1e-3,  # of Adam, at its peak
     "warmup": 0.1,  # share of the steps in which the rate rises to its peak; then it falls to 0 along a cosine
-    "label_smoothing": 0.1,
+    "label_smoothing": 0.0,
     "location_dropout": 0.3,  # share of the locations before the last convolution that are hidden in a training step
     "precision": "auto",
     "out": Path("out/caltech256"),
