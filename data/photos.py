@@ -205,8 +205,8 @@ def group(photos, folders, counts):
 
 
 def is_numbered(names):
-    """Whether the folders are named as in Caltech-256."""
-    return all(map(NUMBERED.fullmatch, names))
+    """Whether the folders are named as in Caltech-256, with a number before a name of its own."""
+    return len({name[4:] for name in names if NUMBERED.fullmatch(name)}) == len(names)
 
 
 def check(archive, sets, counts):
@@ -280,7 +280,7 @@ def in_tar(archive):
         with archive.open("rb") as file, tarfile.open(fileobj=(limited := LimitedReader(file)), mode="r:") as members:
             for member in members:
                 limited.next_member()
-                name = member.name.removeprefix("./")
+                name = member.name.removeprefix("./").lstrip("/")
                 if member.isreg():
                     files.append(Photo(name, archive, member.offset_data, 0 if member.issparse() else member.size))
                 elif member.isdir():

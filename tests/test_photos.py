@@ -228,6 +228,13 @@ def test_folds_are_fifths_of_the_training_photos(tmp_path):
         load_photos(archive, fold=1)
 
 
+def test_numbers_that_tell_classes_apart_stay(tmp_path):
+    files = {f"00{k}.cat/any {index}.png": shade(index) for k in (1, 2) for index in range(11)}
+    train, _, names, _ = load_photos(write_tar(tmp_path / "cats.tar", {f"/{name}": files[name] for name in files}))
+    assert names == ["001.cat", "002.cat"]
+    assert train.labels.tolist() == [0, 1]
+
+
 def test_empty_folders_and_unreadable_classes(tmp_path):
     folder = write_folder(tmp_path / "data", PETS)
     (folder / "pets" / "emus").mkdir()
