@@ -53,7 +53,7 @@ RECIPES = {
     },
     "scratch": {"epochs": 20},
 }
-TEST_PHOTOS = 300  # evaluated during training; the final evaluation takes all
+TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes all
 BATCH = 50  # photos in a forward pass of --evaluate
 
 
