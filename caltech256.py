@@ -42,7 +42,7 @@ SETTINGS = {
     "location_dropout": 0.3,  # share of the locations before the last convolution that are hidden in a training step
     "precision": "auto",
     "out": Path("out/caltech256"),
-    "every": 50,  # steps between two heatmaps of a photo
+    "every": 100,  # steps between two heatmaps of a photo
     "samples": 30,  # test photos to draw heatmaps of, from the first
     "seed": 0,
 }
