@@ -206,9 +206,13 @@ def test_the_page_in_a_browser(page, samples, cam_model, history, browser, tmp_p
     browser.press("ArrowLeft", control=True)
     assert state(browser)["step"] == 1
     browser.evaluate("figures[0].focus()")
-    browser.press(" ")
+    browser.press("Enter")
     assert browser.evaluate("large.open && opened === 0")
     assert browser.evaluate("slider.getAttribute('aria-valuetext')") == "step 100"
+    browser.press("Escape")
+    browser.press(" ")  # the focus is on the image again
+    assert browser.evaluate("element('play').textContent") == "Pause"
+    assert not browser.evaluate("large.open")
 
 
 def test_an_image_large(page, samples, cam_model, history, browser, tmp_path):
