@@ -23,9 +23,10 @@ def enlarge(picture, side=SIDE):
 
 
 def save_picture(picture, path):
-    """Writes (H, W), (H, W, 1) or (H, W, 3) uint8 as a PNG."""
+    """Writes (H, W), (H, W, 1) or (H, W, 3) uint8, or a Pillow image, as a PNG."""
+    image = picture if isinstance(picture, Image.Image) else to_image(picture)
     with atomic_write(path) as part:
-        to_image(picture).save(part, compress_level=1)  # level 6 takes three times as long for a tenth less
+        image.save(part, compress_level=1)  # level 6 takes three times as long for a tenth less
 
 
 def to_image(picture):
@@ -116,7 +117,7 @@ def save_grid(path, rows, side=None):
             grid.paste(fit(picture, max(width, height)), (left, top + title_height))
             middle = left + width // 2, top + title_height // 2
             draw.text(middle, title, color, load_font(title_size, title), anchor="mm")
-    save_picture(np.asarray(grid), path)
+    save_picture(grid, path)
 
 
 def shorten(title):
