@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 import cam
 from alexnet import CONVOLUTIONS, SHORT_SIDE, SIDE, alexnet, set_convolutions
-from data.photos import BOXES, crop_boxes, decode, load_all_photos, load_photos, read_bytes
+from data.archive import read_bytes
+from data.photos import BOXES, crop_boxes, decode, load_all_photos, load_photos
 from experiment.figures import report_classes, save_figures, save_heatmaps, save_images
 from experiment.files import UserError
 from experiment.images import read_picture, scale_short_side

@@ -1,4 +1,4 @@
-"""Reads photos, from a folder or from an archive of it (.tar, or .tar.gz, which is unpacked once to a .tar beside it):
+"""Reads photos, from a folder or from an archive of it (.tar or .tar.gz):
 
     photos/cats/any name.jpg             a folder for each class; the last 10 photos of each, by name, are the test set
     photos/train/cats/any name.jpg       or a training and a test set (test/ or val/), which are taken as they are
@@ -11,24 +11,20 @@ photo with several objects has several lines.
 """
 
 import csv
-import gzip
 import io
 import posixpath
 import re
-import shutil
-import tarfile
-import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data.dataset import LimitedReader, Split
-from experiment.files import UserError, atomic_write
+from data.archive import list_files, read_bytes
+from data.dataset import Split
+from experiment.files import UserError
 
 TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
@@ -42,17 +38,6 @@ HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|\Z))")  # what macOS puts beside
 NUMBERED = re.compile(r"[0-9]{3}\.(.+)")  # a folder of Caltech-256
 
 
-class Photo(NamedTuple):
-    """Where a photo lies: its name in the archive, and `size` bytes from `offset` on in the file `path`."""
-
-    name: str
-    path: Path
-    offset: int
-    size: int
-    width: int = 0  # pixels, upright
-    height: int = 0
-
-
 def load_photos(archive, chosen=None, test_share=None, fold=None):
     """Finds the training and the test photos, and decodes each once to check that it is readable.
 
@@ -64,7 +49,7 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
             test photos are left out.
 
     Returns:
-        The training and the test `Split`, whose images are lists of `Photo`s (in the test set the classes take turns),
+        The training and the test `Split`, whose images are lists of `File`s (in the test set the classes take turns),
         and whose boxes are lists of (n, 4) or None; names of the C classes; counts of what was left out, by the reason.
 
     Raises:
@@ -138,14 +123,12 @@ def find_photos(archive, chosen=None):
     """Finds photos and boxes in a folder or archive.
 
     Returns:
-        sets: Set -> class -> readable `Photo`s by name. Sets are "train" and "test", or "" if they are not separate.
+        sets: Set -> class -> readable `File`s by name. Sets are "train" and "test", or "" if they are not separate.
         boxes: Name of a photo -> its boxes, (n, 4) float64.
         counts: Counter of what was left out, by the reason.
     """
     archive = Path(archive)
-    if not archive.exists():
-        raise UserError(f"{archive} is missing; give a folder or an archive of photos by --data")
-    files, folders = in_folder(archive) if archive.is_dir() else in_tar(archive)
+    files, folders = list_files(archive)
     counts, tables, photos = Counter(), [], []
     for file in sorted(files):
         if file.name.split("/")[-1] == BOXES:
@@ -261,61 +244,6 @@ def read_boxes(archive, tables, photos, counts):
         except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
             raise UserError(f"{archive}: {table.name}: {error}") from None
     return {name: np.array(found) for name, found in boxes.items()}
-
-
-def in_folder(folder):
-    """The files below a folder, as `Photo`s, and the names of the folders."""
-    paths = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*")]
-    files = [Photo(name, path, 0, path.stat().st_size) for name, path in paths if path.is_file()]
-    return files, [name for name, path in paths if path.is_dir()]
-
-
-def in_tar(archive):
-    """The files of a tar archive, as `Photo`s, and the names of the folders. A .tar.gz is unpacked first."""
-    with archive.open("rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            archive = unpack(archive)
-    files, folders = [], []
-    try:
-        with archive.open("rb") as file, tarfile.open(fileobj=(limited := LimitedReader(file)), mode="r:") as members:
-            for member in members:
-                limited.next_member()
-                name = member.name.removeprefix("./").lstrip("/")
-                if member.isreg():
-                    files.append(Photo(name, archive, member.offset_data, 0 if member.issparse() else member.size))
-                elif member.isdir():
-                    folders.append(name)
-            file.seek(members.offset)
-            if file.read(512) != bytes(512):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError(f"it breaks off after {len(files):,} files")
-    except (tarfile.TarError, EOFError, RecursionError) as error:
-        raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
-    return files, folders
-
-
-def unpack(archive):
-    """Unpacks NAME.tar.gz or NAME.tgz to NAME.tar, if that is not there yet or older."""
-    tar = archive.with_name(archive.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar") + ".tar")
-    if not tar.exists() or tar.stat().st_mtime < archive.stat().st_mtime:
-        try:
-            with (
-                archive.open("rb") as file,
-                tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None) as shown,
-                gzip.open(shown) as unpacked,
-                atomic_write(tar) as part,
-                part.open("wb") as target,
-            ):
-                shutil.copyfileobj(unpacked, target, 1 << 20)
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
-    return tar
-
-
-def read_bytes(photo):
-    """The content of a file."""
-    with photo.path.open("rb") as file:
-        file.seek(photo.offset)
-        return file.read(photo.size)
 
 
 def open_image(photo):

@@ -265,6 +265,6 @@ def report_classes(out, labels, predicted, class_names):
                 axes.text(x, y, confusion[c, x], ha="center", va="center", color=color, size="small")
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "confusion.png") as part:
-        figure.savefig(part, format="png")
+        figure.savefig(part)
     plt.close(figure)
     print(f"confusion matrix: {out / 'confusion.png'}")

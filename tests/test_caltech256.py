@@ -17,7 +17,8 @@ from skimage import data, draw
 import caltech256
 from alexnet import alexnet
 from cam import class_activation_model
-from data.photos import Photo, load_photos
+from data.archive import File
+from data.photos import load_photos
 from show import Network, predict_cams
 
 SHAPES = {"001.disc": (220, 40, 40), "002.square": (40, 60, 220), "003.stripes": (30, 200, 60)}
@@ -111,7 +112,7 @@ def test_a_model_is_measured_as_show_py_sees_the_photos(small_run, archive, tmp_
     photos = sorted((tmp_path / "256_ObjectCategories").glob("*/*.jpg"))
     for path in photos:
         label = list(SHAPES).index(path.parent.name)
-        crop = caltech256.decode(Photo(path.name, path, 0, path.stat().st_size), 256, 224)
+        crop = caltech256.decode(File(path.name, path, 0, path.stat().st_size), 256, 224)
         correct += network.predict(crop)[0].argmax() == label
         for true in [boxes.get(f"{path.parent.name}/{path.name}")]:
             if true is None:

@@ -313,7 +313,7 @@ def test_the_network_in_the_browser_is_that_of_keras(drawn_run, position, browse
     for image, expected, class_maps in zip(images[:20], logits, maps, strict=True):
         content = base64.b64encode(image.tobytes()).decode()
         browser.evaluate(f"globalThis.found = forward(bytes({content!r}), networks[{position}])")
-        np.testing.assert_allclose(browser.evaluate("found.logits"), expected, atol=1e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(browser.evaluate("found.logits"), expected, rtol=1e-3, atol=1e-5)
         boxes = browser.evaluate("found.maps.map(map => boundingBox(upsample(map)))")
         assert [box and tuple(box) for box in boxes] == [bounding_box(class_maps[..., c]) for c in range(10)]
 

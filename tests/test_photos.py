@@ -10,7 +10,8 @@ import pytest
 from conftest import encoded, write_tar
 from PIL import Image
 
-from data.photos import Photo, crop_boxes, decode, load_all_photos, load_photos
+from data.archive import File
+from data.photos import crop_boxes, decode, load_all_photos, load_photos
 from experiment.files import UserError
 
 COUNT = 12  # photos of each category: 2 for training, 10 to test
@@ -119,7 +120,7 @@ def test_crops(size, tmp_path):
     pixels = np.stack([x * 255 / (width - 1), y * 255 / (height - 1), 0 * x], axis=2).round().astype(np.uint8)
     path = tmp_path / "photo.png"
     path.write_bytes(encoded(pixels, "PNG"))
-    photo = Photo(path.name, path, 0, path.stat().st_size)
+    photo = File(path.name, path, 0, path.stat().st_size)
 
     # At the centre: as scaling all of it and cutting out the middle does.
     scale = 40 / min(size)
@@ -147,7 +148,7 @@ def test_a_photo_that_was_turned_in_the_camera(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # turn it clockwise to see it upright
     image.save(path, exif=exif)
-    crop = decode(Photo(path.name, path, 0, path.stat().st_size), 20, 20)
+    crop = decode(File(path.name, path, 0, path.stat().st_size), 20, 20)
     assert crop[:8].mean() < 20
     assert crop[-8:].mean() > 235
 
@@ -187,6 +188,15 @@ def test_a_folder_for_each_class(write, root, tmp_path):
         assert names_of(test)[-2:] == ["cats no 12.PNG", "deeper.jpg"]
         assert test.labels.tolist() == 10 * [0, 1]
         assert train.boxes is None
+
+
+def test_a_tar_beside_a_tar_gz_stays_as_it_is(tmp_path):
+    write_gz(tmp_path / "pets", PETS)
+    for name in ("pets.tar", "renamed.tar"):
+        (tmp_path / name).write_bytes(b"of the user" if name == "pets.tar" else (tmp_path / "pets.tar.gz").read_bytes())
+    for name in ("pets.tar.gz", "renamed.tar"):  # whatever its name, it is a .tar.gz
+        assert len(load_photos(tmp_path / name)[0].labels) == 6
+    assert (tmp_path / "pets.tar").read_bytes() == b"of the user"
 
 
 def test_a_share_of_each_class_as_test_set(tmp_path):
