@@ -1,6 +1,6 @@
 """How fast this project is, against what a user would do instead: a Markdown table, measured where it runs.
 
-    python benchmarks/benchmark.py                     everything, in about a quarter of an hour on two cores
+    python benchmarks/benchmark.py                     everything, in less than twenty minutes on two cores
     python benchmarks/benchmark.py training maps       some parts of it
     python benchmarks/benchmark.py --data data/full    on 100,000 images (README, "The full experiment")
     python benchmarks/benchmark.py --rounds 1          quick and rough
