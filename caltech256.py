@@ -26,7 +26,13 @@ from experiment.figures import report_classes, save_figures, save_heatmaps, save
 from experiment.files import UserError
 from experiment.images import read_picture, scale_short_side
 from experiment.metrics import evaluate, format_metrics, localize, predict_class_maps
-from experiment.networks import load_class_names, load_network, load_torchvision_convolutions, to_cam_model
+from experiment.networks import (
+    check_evaluated,
+    load_class_names,
+    load_network,
+    load_torchvision_convolutions,
+    to_cam_model,
+)
 from experiment.pages import Page
 from experiment.run import RunFolder, run_main, set_seed
 from experiment.schedule import batch_indices, warmup_cosine
@@ -82,7 +88,7 @@ def main(settings):
         for name in CONVOLUTIONS:  # frozen, a step takes a third of the time
             model.get_layer(name).trainable = settings.pretrained_lr_scale > 0
     kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
-    kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence against the other classes
+    kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence for c, in comparison with the other classes
     kernel.assign(kernel.constraint(kernel))
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing)
     model.compile(make_optimizer(settings), loss, metrics=["accuracy"], jit_compile=cam.JIT_COMPILE)
@@ -90,7 +96,8 @@ def main(settings):
     # The same layers and weights: photos -> S_c, equation (1) (N, C), and M_c, equation (2) (N, 13, 13, C)
     cam_model = cam.class_activation_model(model)
 
-    run = RunFolder(settings, model)  # lock, checkpoint (restored into the model), progress, history
+    # Lock, checkpoint (restored into the model), progress, history
+    run = RunFolder(settings, model, [(photo.name, photo.size) for photo in train.images + test_photos.images])
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} photos, {settings.recipe} recipe, {settings.precision}")
@@ -112,10 +119,11 @@ def main(settings):
             logits, maps = predict_class_maps(cam_model, tested.images, tested.labels)
             metrics = evaluate(logits, maps, tested) | localize_photos(cam_model, test_photos.first(count))
             # Maps of the samples (S, 13, 13) -> heatmaps (S, 224, 224), 0..1 -> PNG
-            predicted, maps = logits[: settings.samples].argmax(axis=1), maps[: settings.samples]
-            heatmaps = cam.normalize(cam.upsample(maps, SIDE, SIDE))
+            sample_maps = maps[: settings.samples]
+            heatmaps = cam.normalize(cam.upsample(sample_maps, SIDE, SIDE))
             save_heatmaps(settings.out, step, samples.images, heatmaps)
-            run.record(metrics, len(tested.labels), predicted, maps)
+            predicted = logits[: settings.samples].argmax(axis=1)
+            run.record(metrics, len(tested.labels), predicted, sample_maps)
             page.renew(cam_model, run.history)
 
     # The same weights in float32 layers, for any machine
@@ -132,8 +140,7 @@ def evaluate_model(settings):
     cam_model = to_cam_model(load_network(settings.evaluate))
     classes = cam_model.output_shape[0][-1]
     names = load_class_names(settings.evaluate) or [str(c) for c in range(classes)]
-    if cam_model.input_shape != (None, None, None, 3) or len(names) != classes:
-        raise UserError(f"{settings.evaluate} is not a model of photos of any size, with a name for each class")
+    check_evaluated(settings.evaluate, cam_model, (None, None, 3), len(names))
     photos, counts = load_all_photos(settings.data, names)
     print(describe(settings.data, [f"{len(photos.labels):,} photos"], photos, counts), flush=True)
     starts = tqdm(range(0, len(photos.labels), BATCH), "predicting", leave=False, disable=None)
@@ -224,6 +231,9 @@ if __name__ == "__main__":
     text = "validate: test on this fifth of the training photos of each class, 1..5, and leave out the test photos"
     parser.add_argument("--fold", type=number(1, 5), help=text)
     settings = parser.parse_args()
+    for name in ("categories", "test_share", "fold"):
+        if settings.evaluate and getattr(settings, name) is not None:
+            parser.error(f"--evaluate measures all photos of --data, without --{name.replace('_', '-')}")
     recipe = "scratch" if str(settings.weights) == "none" else "pretrained"
     fill_in_recipe(parser, settings, recipe, RECIPES)
     run_main("caltech256.py", evaluate_model if settings.evaluate else main, settings)

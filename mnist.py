@@ -16,7 +16,7 @@ from data.dataset import BOXES, CLASSES, load_dataset
 from experiment.figures import report_classes, save_figures, save_heatmaps, save_images
 from experiment.files import UserError
 from experiment.metrics import evaluate, format_metrics, predict_class_maps
-from experiment.networks import load_network, to_cam_model
+from experiment.networks import check_evaluated, load_network, to_cam_model
 from experiment.pages import Page, write_draw_page
 from experiment.run import RunFolder, run_main, set_seed
 from experiment.schedule import batch_indices, warmup_cosine
@@ -81,7 +81,7 @@ def main(settings):
     else:
         lsuv_init(model, train.images[:256])  # logits of unit variance, so that it learns from the first step
         kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
-        kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence against the other classes
+        kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence for c, in comparison with the other classes
         kernel.assign(kernel.constraint(kernel))
         rate = warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
         optimizer = keras.optimizers.AdamW(rate, settings.weight_decay, beta_2=settings.beta_2)
@@ -92,7 +92,8 @@ def main(settings):
     # The same layers and weights: images -> S_c, equation (1) (N, C), and M_c, equation (2) (N, 25, 25, C)
     cam_model = cam.class_activation_model(model)
 
-    run = RunFolder(settings, model, KEEP_WEIGHTS)  # lock, checkpoint (restored into the model), progress, history
+    # Lock, checkpoint (restored into the model), progress, history
+    run = RunFolder(settings, model, [train.labels.tolist(), test.labels.tolist()], KEEP_WEIGHTS)
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
@@ -113,10 +114,11 @@ def main(settings):
             logits, maps = predict_class_maps(cam_model, tested.images, tested.labels)
             metrics = evaluate(logits, maps, tested)
             # Maps of the samples (S, 25, 25) -> heatmaps (S, 100, 100), 0..1 -> PNG
-            predicted, maps = logits[: settings.samples].argmax(axis=1), maps[: settings.samples]
-            heatmaps = cam.normalize(cam.upsample(maps, height, width))
+            sample_maps = maps[: settings.samples]
+            heatmaps = cam.normalize(cam.upsample(sample_maps, height, width))
             save_heatmaps(settings.out, step, samples.images, heatmaps)  # img_0/cmap_100.png ...
-            run.record(metrics, len(tested.labels), predicted, maps)
+            predicted = logits[: settings.samples].argmax(axis=1)
+            run.record(metrics, len(tested.labels), predicted, sample_maps)
             page.renew(cam_model, run.history)
 
     # The same weights in float32 layers, for any machine
@@ -132,10 +134,9 @@ def main(settings):
 def evaluate_model(settings):
     """Measures a trained model on all test images."""
     _, test = load_dataset(settings.data)
-    model = load_network(settings.evaluate)
-    if model.input_shape[-1] != 1 or model.output_shape != (None, CLASSES):
-        raise UserError(f"{settings.evaluate} is not a model of grey images and {CLASSES} classes")
-    logits, maps = predict_class_maps(to_cam_model(model), test.images, test.labels)
+    cam_model = to_cam_model(load_network(settings.evaluate))
+    check_evaluated(settings.evaluate, cam_model, test.images.shape[1:], CLASSES)
+    logits, maps = predict_class_maps(cam_model, test.images, test.labels)
     print(format_metrics(evaluate(logits, maps, test, all_metrics=True), len(test.labels)))
     report_classes(settings.out, test.labels, logits.argmax(axis=1), [str(digit) for digit in range(CLASSES)])
 

@@ -208,7 +208,7 @@ def caught(data, *flags):
     """The settings and the model that `python mnist.py --data DATA FLAG ...` trains with."""
     import mnist
 
-    def catch(settings, model, keep_weights):
+    def catch(settings, model, data, keep_weights):
         raise Caught(settings, model)
 
     with mock.patch.object(mnist, "RunFolder", catch), contextlib.redirect_stdout(io.StringIO()):

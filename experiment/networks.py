@@ -82,6 +82,22 @@ def to_cam_model(model, output=None):
         raise UserError(" ".join(str(error).split())) from None
 
 
+def check_evaluated(path, cam_model, shape, classes):
+    """Raises a UserError if the model of `path` does not take images (H, W, channels) in 0..255, for so many classes.
+
+    A height and width of None stand for images of any size.
+    """
+    found = cam_model.input_shape if len(cam_model.inputs) == 1 else ()
+    fits = len(found) == 4 and all(size in (None, wanted) for size, wanted in zip(found[1:], shape, strict=True))
+    if not fits or cam_model.output_shape[0][-1] != classes:
+        size = "any size" if shape[0] is None else f"{shape[1]} x {shape[0]} pixels"
+        raise UserError(
+            f"{path} is not a network for images of {size}, {shape[2]} channel(s) and {classes} classes, as are here"
+        )
+    if tuple(load_images_settings(path).get("pixel_range", (0, 255))) != (0, 255):
+        raise UserError(f"{images_file(path)}: --evaluate gives the network pixels of 0..255, not of another range")
+
+
 def load_torchvision_convolutions(path):
     """Reads the convolutions of torchvision's AlexNet from an .npz file: arrays by the names in `weight_shapes`."""
     hint = "docs/photos.md says how to make it; --weights none does without"

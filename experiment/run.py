@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 
 import keras
 import numpy as np
@@ -37,7 +38,7 @@ def set_seed(seed):
 class RunFolder:
     """The output folder of a run.
 
-    settings.json             the settings of the run; it is not resumed with others
+    settings.json             the settings of the run and a checksum of its data; it is not resumed with others
     checkpoint.npz            weights, optimizer state and history, with checksums
     checkpoint.previous.npz   the checkpoint before
     history.csv               a row per evaluation, see `history`
@@ -48,6 +49,7 @@ class RunFolder:
     Args:
         settings: Namespace of the settings: out, fresh, steps, every, batch_size, and others.
         model: The compiled model to train. Its weights are restored from the checkpoint, if there is one.
+        data: List that tells one data set from another, such as the labels; what JSON can express.
         keep_weights: Number of steps whose weights are kept, among them the first and the last; most of them early.
 
     Attributes:
@@ -60,7 +62,7 @@ class RunFolder:
         UserError: The folder cannot be written, another process uses it, or it holds a run that cannot be resumed.
     """
 
-    def __init__(self, settings, model, keep_weights=0):
+    def __init__(self, settings, model, data, keep_weights=0):
         self.settings, self.model, self.out = settings, model, settings.out
         self.step, self.history, self.losses = -1, [], []  # losses: loss and accuracy of each batch since the last row
         self.model_file = self.out / f"{model.name}.keras"
@@ -70,7 +72,7 @@ class RunFolder:
         exit_on_signals("stopped; run the same command again, without --fresh, to continue")
         if settings.fresh:
             self.clear()
-        check_settings(self.out, vars(settings))
+        check_settings(self.out, vars(settings), data)
         model.optimizer.build(model.trainable_variables)
         self.restore()
         self.finished = self.step == settings.steps and self.model_file.exists()
@@ -222,9 +224,10 @@ def lock_run_folder(out):
     return lock
 
 
-def check_settings(out, settings):
-    """Writes the settings of a new run, or compares them with those of the run that the folder holds."""
-    own = {name: str(value) for name, value in settings.items() if name not in NOT_COMPARED}
+def check_settings(out, settings, data):
+    """Writes the settings and data of a new run, or compares them with those of the run that the folder holds."""
+    own = {"data": settings["data"], "data_checksum": zlib.crc32(json.dumps(data).encode())} | settings
+    own = {name: str(value) for name, value in own.items() if name not in NOT_COMPARED}
     if not (out / SETTINGS).exists():
         with atomic_write(out / SETTINGS) as part:
             part.write_text(json.dumps(own, indent=1))
@@ -236,6 +239,8 @@ def check_settings(out, settings):
     if earlier.keys() != own.keys():
         raise UserError(f"{out} holds a run of another script or version; use --fresh, or give another --out")
     for name, value in own.items():
+        if value != earlier[name] and name == "data_checksum":
+            raise UserError(f"{own['data']} had other images when {out} was begun: give another --out, or use --fresh")
         if value != earlier[name]:
             found = f"{out} holds a run with --{name.replace('_', '-')} {earlier[name]}, not {value}"
             raise UserError(f"{found}: resume it with that, give another --out, or start over with --fresh")

@@ -212,6 +212,7 @@ def test_bad_input(archive, tmp_path):
         (["--data", archive, *here, "--batch-size", 13], ["--batch-size 13", "12"]),
         (["--data", archive, *here, "--fold", 6], ["--fold", "6 is not in 1 to 5"]),
         (["--data", archive, *here, "--evaluate", tmp_path / "no.keras"], ["no.keras is missing"]),
+        (["--data", archive, "--evaluate", "a.keras", "--fold", 1], ["all photos of --data, without --fold"]),
         (
             ["--data", archive, *here, "--pretrained-lr-scale", 0.5],
             ["--pretrained-lr-scale is not a setting of the scratch recipe"],

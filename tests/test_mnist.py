@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -122,6 +123,22 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_
     assert "finished; --fresh" in process.stdout
     process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 6, *SMALL)
     assert_one_line_error(process, "--steps 5, not 6", "--fresh")
+    assert before == contents(out)
+
+
+def test_a_run_is_not_resumed_on_other_images(small_data, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for name in "mnist_cluttered.tar.gz", "labels.txt":
+        shutil.copy(small_data / name, data)
+    assert run("mnist.py", "--data", data, "--out", out, "--steps", 2, *SMALL).returncode == 0
+    before = contents(out)
+    labels = (data / "labels.txt").read_text().splitlines()
+    labels[-1] = labels[-1][:-1] + ("1" if labels[-1][-1] == "0" else "0")  # of the last test image
+    (data / "labels.txt").write_text("\n".join(labels))
+    for length in ["--steps", 2], ["--epochs", 1]:
+        process = run("mnist.py", "--data", data, "--out", out, *length, *SMALL)
+        assert_one_line_error(process, f"{data} had other images when {out} was begun", "--fresh")
     assert before == contents(out)
 
 

@@ -168,6 +168,19 @@ def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):
     lenet(classes=7).save(tmp_path / "seven.keras")
     process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "seven.keras")
     assert_one_line_error(process, "seven.keras", "10 classes")
+    fixed = keras.Sequential(
+        [keras.Input((28, 28, 1)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, use_bias=False)]
+    )
+    fixed.save(tmp_path / "fixed.keras")
+    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "fixed.keras")
+    assert_one_line_error(process, "fixed.keras", "30 x 20 pixels, 1 channel(s) and 10 classes")
+    keras.Sequential([keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)]).save(tmp_path / "unbuilt.keras")
+    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "unbuilt.keras")
+    assert_one_line_error(process, "must be functional or Sequential, and built")
+    lenet().save(tmp_path / "ranged.keras")
+    (tmp_path / "ranged_images.json").write_text('{"pixel_range": [0, 1]}')
+    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "ranged.keras")
+    assert_one_line_error(process, "ranged_images.json: --evaluate gives the network pixels of 0..255")
     assert_one_line_error(run("mnist.py", "--data", data, "--evaluate", tmp_path / "none"), "none is missing")
 
 
