@@ -10,7 +10,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from data.dataset import LimitedReader
-from experiment.files import UserError, atomic_write
+from experiment.files import UserError, acquire_lock, atomic_write
 
 
 class File(NamedTuple):
@@ -71,6 +71,7 @@ def unpack(archive):
     if not tar.exists() or tar.stat().st_mtime < archive.stat().st_mtime:
         try:
             with (
+                acquire_lock(archive.with_name(f"{archive.name}.lock")),
                 archive.open("rb") as file,
                 tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None) as shown,
                 gzip.open(shown) as unpacked,

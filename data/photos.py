@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data.archive import list_files, read_bytes
 from data.dataset import Split
 from experiment.files import UserError
+from experiment.images import MAX_ASPECT_RATIO
 
 TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
@@ -193,19 +194,26 @@ def is_numbered(names):
 
 
 def check(archive, sets, counts):
-    """Decodes each photo. What is not readable is taken out and counted, the others get their sizes."""
+    """Decodes each photo. What is not readable or very long is taken out and counted, the others get their sizes."""
     photos = [photo for classes in sets.values() for found in classes.values() for photo in found]
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock while it decodes
         checked = pool.map(measure, photos)
         checked = list(tqdm(checked, f"checking {archive}", len(photos), unit=" photos", disable=None))
-    measured = dict(zip(photos, checked, strict=True))
+    measured = {photo: found for photo, found in zip(photos, checked, strict=True) if found}
+    usable = {
+        photo: found
+        for photo, found in measured.items()
+        if max(found.width, found.height) <= MAX_ASPECT_RATIO * min(found.width, found.height)
+    }
     for classes in sets.values():
         for name, found in classes.items():
-            classes[name] = [measured[photo] for photo in found if measured[photo]]
+            classes[name] = [usable[photo] for photo in found if photo in usable]
             if len({photo.name for photo in classes[name]}) < len(classes[name]):
                 raise UserError(f"{archive} has duplicate photos of {name}")
     if None in checked:
         counts["unreadable photos left out"] = checked.count(None)
+    if len(usable) < len(measured):
+        counts[f"photos longer than {MAX_ASPECT_RATIO}:1 left out"] = len(measured) - len(usable)
 
 
 def measure(photo):

@@ -72,6 +72,7 @@ def test_what_is_out_of_the_ordinary(tmp_path):
         "256_ObjectCategories/001.bike/001_0015.jpg": b"no photo",
         "256_ObjectCategories/001.bike/001_0016.jpg": encoded(np.zeros((300, 300, 3), np.uint8))[:900],
         "256_ObjectCategories/001.bike/001_0017.jpg": b"",
+        "256_ObjectCategories/001.bike/001_0018.jpg": encoded(np.zeros((20, 161, 3), np.uint8)),
         "256_ObjectCategories/001.bike/RENAME2": b"a list",
         "256_ObjectCategories/001.bike/002_0001.jpg": encoded(grey),
         "256_ObjectCategories/003.a\nb/003_0001.jpg": encoded(grey),
@@ -81,6 +82,7 @@ def test_what_is_out_of_the_ordinary(tmp_path):
         "unreadable photos left out": 2,
         "other files left out": 2,
         "photos elsewhere left out": 2,
+        "photos longer than 8:1 left out": 1,
     }
     assert len(train.images) + len(test.images) == len(FILES) + 2
     last = [photo for photo, label in zip(test.images, test.labels, strict=True) if label == 0][-2:]
