@@ -19,7 +19,7 @@ MAX_CLASSES = 10  # in classes.png, patterns.png and units.png
 EXAMPLES = 8  # images of each class in patterns.png, and of each unit in units.png
 CANDIDATES = 50  # test images of each class, the first, from which these are chosen
 UNITS = 3  # of each class in units.png
-BATCH = 50  # images in a forward pass
+BATCH = 25  # images in a forward pass
 
 
 def save_images(out, images):
@@ -47,7 +47,8 @@ def save_figures(out, cam_model, test, class_names, history):
     img_S/classes.png      its maps of all classes (of many, the top ten) on one scale about zero, with logits S_c
     img_S/procedure.png    equation (2): the five largest terms w_k^c f_k, the rest, and their sum M_c
     overview.png           for each class one image, and its maps through the training
-    patterns.png           for each class (of many, the first ten) the images with the highest S_c, with map and box
+    patterns.png           for each class (of many, the first ten that have test images) the images with the highest
+                           S_c, with map and box
     units.png              for each of these classes the units with the largest w_k^c, and what they respond to
     accuracy.png           accuracy and localization on test images against training images seen
 
@@ -83,11 +84,11 @@ def save_figures(out, cam_model, test, class_names, history):
             outputs = model.predict_on_batch(samples.images[batch])
             list(pool.map(save_sample, range(batch.start, batch.stop), *outputs))
 
-    # Of the first classes some test images, to choose from
-    classes = range(min(len(class_names), MAX_CLASSES))
+    # Of the classes some test images, to choose from
+    classes = np.unique(test.labels)[:MAX_CLASSES]
     candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in classes])
     candidates = test._replace(images=test.images[candidates], labels=test.labels[candidates], boxes=None)
-    units = np.argsort(-softmax_weights[:, classes], axis=0, kind="stable")[:UNITS].T  # k (classes, UNITS)
+    units = np.argsort(-softmax_weights[:, classes], axis=0, kind="stable")[:UNITS].T  # k (len(classes), UNITS)
     logits, maps, responses = [], [], []  # S_c (N, C); M_c (N, h, w) of the true classes; f_k (N, h, w, units)
     for batch in batches(len(candidates.labels)):
         feature_maps, _, batch_logits, class_maps = model.predict_on_batch(candidates.images[batch])
@@ -96,7 +97,8 @@ def save_figures(out, cam_model, test, class_names, history):
             maps.append(class_maps[index, :, :, label])
             responses.append(feature_maps[index][:, :, units.ravel()])
     save_patterns(out / "patterns.png", candidates, np.array(logits), maps, class_names)
-    titles = [f"{class_names[c]}: unit {k}, w = {softmax_weights[k, c]:z.2f}" for c in classes for k in units[c]]
+    pairs = [(c, k) for c, of_class in zip(classes, units, strict=True) for k in of_class]
+    titles = [f"{class_names[c]}: unit {k}, w = {softmax_weights[k, c]:z.2f}" for c, k in pairs]
     field = receptive_field(keras.Model(model.input, model.outputs[0]), *test.images.shape[1:3])
     save_units(out / "units.png", candidates.images, np.array(responses), titles, field)
 

@@ -256,6 +256,18 @@ def test_the_figures_of_a_run(network, tmp_path):
     assert pixels.shape[1] == 6 * 208  # the image and five terms; below them the rest, the map, and the scale
 
 
+def test_figures_where_the_first_classes_have_no_test_image(tmp_path):
+    """Classes 11 and 12 of 13, as with folders train/ and test/; before, the first ten were shown."""
+    images, labels = np.random.default_rng(5).integers(0, 256, (4, 20, 24, 1), dtype=np.uint8), np.array([11, 12] * 2)
+    history = [{"step": 0, "predicted": [11, 12], "images": 0, "test_images": 4, "test_accuracy": 0.5}]
+    figures.save_images(tmp_path, images[:2])
+    figures.save_heatmaps(tmp_path, 0, images[:2], np.zeros((2, 20, 24), np.float32))
+    cam_model, names = class_activation_model(lenet(classes=13)), [f"class {c}" for c in range(13)]
+    figures.save_figures(tmp_path, cam_model, Split(images, labels, None), names, history)
+    assert Image.open(tmp_path / "patterns.png").width == 2 * 208  # two images of each class
+    assert (tmp_path / "units.png").exists()
+
+
 def test_accuracy_of_each_class_and_confusion_matrix(tmp_path, capsys):
     """Class c of three has no image; of four images of class a three are right."""
     figures.report_classes(tmp_path / "new", np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0, 2, 1]), ["a", "bb", "c"])
