@@ -222,33 +222,30 @@ def main(settings):
     if not network.range_is_known:
         print(f"{settings.model} gets pixels of 0..255; if it was trained on others, say so: --pixel-range 0 1")
 
-    rows = []  # of boxes.csv
-    try:
-        for index, (path, name) in enumerate(zip(paths, figure_names(paths), strict=True)):
-            try:
-                cams = predict_cams(path, network, settings.top, chosen and [chosen[index % len(chosen)]])
-            except UserError as error:
-                raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-            maps = np.maximum(cams.maps, 0) if settings.relu else cams.maps
-            settings.out.mkdir(parents=True, exist_ok=True)
-            file = settings.out / f"{name}.png"
-            draw(file, path.name, cams._replace(maps=maps))
-            if settings.npy:
-                with atomic_write(file.with_suffix(".npy")) as part, part.open("wb") as npy:
-                    np.save(npy, maps)
-            print(f"{path} -> {file}")
-            for c in range(len(cams.classes)):
-                box, score, probability = cams.boxes[c], cams.scores[c], cams.probabilities[c]
-                where = "box {} {} {} {}".format(*box) if box else "nowhere positive"
-                print(f"    {cams.names[c]:<24} S = {score:z8.2f}  P = {probability:6.1%}  {where}")
-                rows.append([path, cams.names[c], f"{score:.6g}", f"{probability:.6g}", *(box or [""] * 4)])
-    finally:
-        if rows:
-            with (
-                atomic_write(settings.out / "boxes.csv") as part,
-                part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
-            ):
-                csv.writer(table).writerows([["file", "class", "score", "probability", "x0", "y0", "x1", "y1"], *rows])
+    rows = [["file", "class", "score", "probability", "x0", "y0", "x1", "y1"]]  # of boxes.csv
+    for index, (path, name) in enumerate(zip(paths, figure_names(paths), strict=True)):
+        try:
+            cams = predict_cams(path, network, settings.top, chosen and [chosen[index % len(chosen)]])
+        except UserError as error:
+            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        maps = np.maximum(cams.maps, 0) if settings.relu else cams.maps
+        settings.out.mkdir(parents=True, exist_ok=True)
+        file = settings.out / f"{name}.png"
+        draw(file, path.name, cams._replace(maps=maps))
+        if settings.npy:
+            with atomic_write(file.with_suffix(".npy")) as part, part.open("wb") as npy:
+                np.save(npy, maps)
+        print(f"{path} -> {file}")
+        for c in range(len(cams.classes)):
+            box, score, probability = cams.boxes[c], cams.scores[c], cams.probabilities[c]
+            where = "box {} {} {} {}".format(*box) if box else "nowhere positive"
+            print(f"    {cams.names[c]:<24} S = {score:z8.2f}  P = {probability:6.1%}  {where}")
+            rows.append([path, cams.names[c], f"{score:.6g}", f"{probability:.6g}", *(box or [""] * 4)])
+        with (
+            atomic_write(settings.out / "boxes.csv") as part,
+            part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
+        ):
+            csv.writer(table).writerows(rows)
 
 
 def draw(file, title, cams):

@@ -59,8 +59,9 @@ def load_digits(source, seed):
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for a damaged file
         raise UserError(f"{source} is not an mnist.npz in Keras's format ({error})") from None
     for images, labels in splits:
-        if images.dtype != np.uint8 or images.shape != (len(labels), 28, 28) or not set(labels) <= set(range(10)):
-            raise UserError(f"{source} is not an mnist.npz: images (n, 28, 28) uint8 and labels 0..9 are needed")
+        fits = images.dtype == np.uint8 and images.shape == (*labels.shape, 28, 28) and images.any(axis=(1, 2)).all()
+        if not fits or not set(labels.tolist()) <= set(range(10)):
+            raise UserError(f"{source} is not an mnist.npz: digits (n, 28, 28) uint8 and labels 0..9 are needed")
     return splits
 
 

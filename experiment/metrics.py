@@ -112,7 +112,8 @@ def localize(predictions, count, all_metrics=False):
 
 def format_metrics(metrics, count):
     """The metrics of `count` test images as lines of text, the accuracy with its standard error."""
-    lines = [f"    {title:<24}{metrics[name]:8.2%}" for name, title in METRIC_TITLES.items() if name in metrics]
+    shown = {name: f"{value:.2f}" if name == "threshold" else f"{value:.2%}" for name, value in metrics.items()}
+    lines = [f"    {title:<24}{shown[name]:>8}" for name, title in METRIC_TITLES.items() if name in metrics]
     lines[0] += f" +- {(metrics['accuracy'] * (1 - metrics['accuracy']) / count) ** 0.5:.2%}"
     return "\n".join([f"on all {count:,} test images", *lines])
 
