@@ -6,7 +6,8 @@
     S_c         sum_k w_k^c F_k: the logit of class c                         equation (1)
     M_c(x, y)   sum_k w_k^c f_k(x, y): the class activation map of class c    equation (2)
 
-so S_c is the mean of M_c over the locations. Arrays are (N, H, W, ...): images, rows, columns.
+so S_c is the mean of M_c over the locations. Arrays are (N, H, W, ...): images, rows, columns. The paper has no
+counterpart to `LogitsAndMaps` and its helpers, which find f_k, w_k^c and b_c in any Keras model.
 """
 
 import itertools
@@ -191,8 +192,7 @@ def upsample(maps, height, width):
     """Upsamples maps (N, H, W) or (N, H, W, C) to `height` x `width`: bilinear, half-pixel centres (section 2)."""
     if len(maps.shape) == 3:
         return upsample(maps[..., None], height, width)[..., 0]
-    maps = ops.image.resize(maps, (height, width), interpolation="bilinear", data_format="channels_last")
-    return ops.convert_to_numpy(maps)
+    return ops.convert_to_numpy(ops.image.resize(maps, (height, width), "bilinear", data_format="channels_last"))
 
 
 def normalize(maps):

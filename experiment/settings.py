@@ -39,7 +39,10 @@ FLAGS = {
     "label_smoothing": (number(0, 0.9, float), "label smoothing of the loss"),
     "location_dropout": (number(0, 0.9, float), "share of the feature map locations hidden in training"),
     "pooling": (("average", "max"), "global pooling"),
-    "precision": (("auto", "float32", "mixed_bfloat16"), "of the convolutions; auto: bfloat16 where it is faster"),
+    "precision": (
+        ("auto", "float32", "mixed_bfloat16"),
+        "of the convolutions; auto: bfloat16 where TensorFlow is faster with it",
+    ),
     "every": (number(1), "steps between two heatmaps of an image"),
     "samples": (number(1), "test images to draw heatmaps of"),
     "seed": (number(0, 2**32 - 1), "random seed"),
@@ -88,10 +91,11 @@ def fill_in_recipe(parser, settings, recipe, recipes):
 
 def prefers_bfloat16():
     """Whether the device that trains is known to be faster with bfloat16. Intel processors are only with AMX."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
+    if keras.backend.backend() != "tensorflow":
+        return False  # not measured
+    import tensorflow as tf
 
-        if gpus := tf.config.list_physical_devices("GPU"):
-            return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
+    if gpus := tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
     cpu = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     return "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu)
