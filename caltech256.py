@@ -88,7 +88,7 @@ def main(settings):
         for name in CONVOLUTIONS:  # frozen, a step takes a third of the time
             model.get_layer(name).trainable = settings.pretrained_lr_scale > 0
     kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
-    kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence for c, in comparison with the other classes
+    kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence for c relative to the other classes
     kernel.assign(kernel.constraint(kernel))
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing)
     model.compile(make_optimizer(settings), loss, metrics=["accuracy"], jit_compile=cam.JIT_COMPILE)

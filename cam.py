@@ -183,7 +183,7 @@ def zero_mean_over_classes(softmax_weights):
 
     Softmax, and so prediction and loss, does not change when the same map is added to the maps of all classes. Gradient
     descent leaves that common part as it is; Adam, whose steps do not sum to zero over the classes, makes it drift.
-    With it removed, M_c shows the evidence for class c against the other classes.
+    With it removed, M_c shows the evidence for class c relative to the other classes.
     """
     return softmax_weights - ops.mean(softmax_weights, axis=1, keepdims=True)
 

@@ -81,7 +81,7 @@ def main(settings):
     else:
         lsuv_init(model, train.images[:256])  # logits of unit variance, so that it learns from the first step
         kernel = model.get_layer("softmax_weights").kernel  # w_k^c: (K, C)
-        kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence for c, in comparison with the other classes
+        kernel.constraint = cam.zero_mean_over_classes  # M_c: evidence for c relative to the other classes
         kernel.assign(kernel.constraint(kernel))
         rate = warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
         optimizer = keras.optimizers.AdamW(rate, settings.weight_decay, beta_2=settings.beta_2)
