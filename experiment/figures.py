@@ -72,8 +72,9 @@ def save_figures(out, cam_model, test, class_names, history):
         save_grid(folder / "evolution.png", [strip(out, index, label, rows, class_names)])
         title = f"test image {index}: {class_names[label]}"
         shown = top_classes(logits)
-        titles = [f"{class_names[c]}: S = {logits[c]:z.1f}" for c in shown]
-        colors = ["black" if c != logits.argmax() else "seagreen" if c == label else "firebrick" for c in shown]
+        predicted = logits.argmax()
+        titles = [f"{class_names[c]}: S = {logits[c]:z.1f}" + (", predicted" if c == predicted else "") for c in shown]
+        colors = ["black" if c != predicted else "seagreen" if c == label else "firebrick" for c in shown]
         titles = [(title, "black"), *zip(titles, colors, strict=True)]
         save_class_maps(folder / "classes.png", image, maps[:, :, shown], titles)
         terms = largest_terms(feature_maps, pooled, softmax_weights[:, label])
