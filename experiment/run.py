@@ -27,7 +27,7 @@ START = time.monotonic()
 
 
 def set_seed(seed):
-    """Makes all results depend on the seed alone, bit for bit, on one machine and with one precision."""
+    """Makes all results depend on the seed alone, bit for bit, on one CPU and with one precision."""
     keras.utils.set_random_seed(seed)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
