@@ -28,6 +28,7 @@ from experiment.images import read_picture, scale_short_side
 from experiment.metrics import evaluate, format_metrics, localize, predict_class_maps
 from experiment.networks import (
     check_evaluated,
+    class_names_file,
     load_class_names,
     load_network,
     load_torchvision_convolutions,
@@ -97,7 +98,7 @@ def main(settings):
     cam_model = cam.class_activation_model(model)
 
     # Lock, checkpoint (restored into the model), progress, history
-    run = RunFolder(settings, model, [(photo.name, photo.size) for photo in train.images + test_photos.images])
+    run = RunFolder(settings, model, (train, test_photos))
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} photos, {settings.recipe} recipe, {settings.precision}")
@@ -140,7 +141,10 @@ def evaluate_model(settings):
     cam_model = to_cam_model(load_network(settings.evaluate))
     classes = cam_model.output_shape[0][-1]
     names = load_class_names(settings.evaluate) or [str(c) for c in range(classes)]
-    check_evaluated(settings.evaluate, cam_model, (None, None, 3), len(names))
+    if len(names) != classes:
+        file = class_names_file(settings.evaluate)
+        raise UserError(f"{file} has {len(names)} lines; the model has {classes} classes")
+    check_evaluated(settings.evaluate, cam_model, (None, None, 3), max(classes, 2), SHORT_SIDE)
     photos, counts = load_all_photos(settings.data, names)
     print(describe(settings.data, [f"{len(photos.labels):,} photos"], photos, counts), flush=True)
     starts = tqdm(range(0, len(photos.labels), BATCH), "predicting", leave=False, disable=None)

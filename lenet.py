@@ -68,6 +68,6 @@ def lsuv_init(model, images):
         kernel.assign(kernel / ops.std(kernel))
     batches = np.array_split(images, -(-len(images) // 32))  # all at once take 0.5 GB
     logits = ops.concatenate([model(batch) for batch in batches])
-    gain = ops.std(logits) ** (1 / len(kernels))  # biases are 0: three kernels, each times g, are logits times g^3
+    gain = ops.std(logits) ** (1 / len(kernels))  # with zero biases, three kernels times g give logits times g^3
     for kernel in kernels:
         kernel.assign(kernel / gain)

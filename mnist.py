@@ -93,7 +93,7 @@ def main(settings):
     cam_model = cam.class_activation_model(model)
 
     # Lock, checkpoint (restored into the model), progress, history
-    run = RunFolder(settings, model, [train.labels.tolist(), test.labels.tolist()], KEEP_WEIGHTS)
+    run = RunFolder(settings, model, (train, test), KEEP_WEIGHTS)
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")

@@ -372,8 +372,8 @@ def whole_run(data, rounds):
 
 
 def run_here(data, folder):
-    """Measures, of the default run: the shares of steps, of evaluations with heatmaps, and of the page during the run;
-    its time; its peak memory."""
+    """Measures, of the default run: the shares of steps, of evaluations with heatmaps, and of the page; its time; its
+    peak memory."""
 
     def measure():
         start = time.perf_counter()  # before Keras is imported

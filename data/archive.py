@@ -81,6 +81,9 @@ def unpack(archive):
                 shutil.copyfileobj(unpacked, target, 1 << 20)
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
+        except OSError as error:
+            reason = f"{archive} cannot be unpacked beside itself ({error.strerror})"
+            raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
     return tar
 
 

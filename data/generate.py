@@ -59,9 +59,11 @@ def load_digits(source, seed):
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for a damaged file
         raise UserError(f"{source} is not an mnist.npz in Keras's format ({error})") from None
     for images, labels in splits:
-        fits = images.dtype == np.uint8 and images.shape == (*labels.shape, 28, 28) and images.any(axis=(1, 2)).all()
-        if not fits or not set(labels.tolist()) <= set(range(10)):
-            raise UserError(f"{source} is not an mnist.npz: digits (n, 28, 28) uint8 and labels 0..9 are needed")
+        fits = images.dtype == np.uint8 and images.shape == (labels.size, 28, 28) and labels.shape == (len(images),)
+        if not fits or not labels.size or not set(labels.tolist()) <= set(range(10)):
+            raise UserError(f"{source} is not an mnist.npz: images (n, 28, 28) uint8 and labels 0..9 are needed")
+        if not images.any(axis=(1, 2)).all():
+            raise UserError(f"{source}: image {images.any(axis=(1, 2)).argmin()} is black; each must show a digit")
     return splits
 
 

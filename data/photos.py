@@ -5,9 +5,9 @@
     photos/test/cats/any name.jpg
     NNN.name/NNN_0001.jpg                or Caltech-256 as it is; the classes have no number in their names
 
-Other files are left out and counted. A file boxes.csv has the true boxes of some photos: lines "file,x0,y0,x1,y1", with
-that header; `file` is relative to the folder of boxes.csv, a box is half-open and in pixels of the upright photo, and a
-photo with several objects has several lines.
+Other files, photos that cannot be read, and photos longer than 8:1 are left out and counted. A file boxes.csv has the
+true boxes of some photos: lines "file,x0,y0,x1,y1", with that header; `file` is relative to the folder of boxes.csv, a
+box is half-open and in pixels of the upright photo, and a photo with several objects has several lines.
 """
 
 import csv
@@ -67,16 +67,16 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
         if "train" in sets:
             known, new = sets["train"][name], sets["test"].get(name, [])
             if not known:
-                raise UserError(f"{archive}: {name} has no training photo that can be read")
+                raise UserError(f"{archive}: {name} has no training photo that can be used")
         else:
             photos = sets[""][name]
             count = TEST_PHOTOS if test_share is None else max(1, round(test_share * len(photos)))
             if len(photos) <= count:
-                raise UserError(f"{archive}: {name} has {len(photos)} photos; at least {count + 1} are needed")
+                raise UserError(f"{archive}: {name} has {len(photos)} usable photos; at least {count + 1} are needed")
             known, new = photos[:-count], photos[-count:]
         if fold:
             if len(known) < FOLDS:
-                raise UserError(f"{archive}: {name} has {len(known)} training photos; --fold needs {FOLDS}")
+                raise UserError(f"{archive}: {name} has {len(known)} usable training photos; --fold needs {FOLDS}")
             start, end = ((fold - 1 + k) * len(known) // FOLDS for k in (0, 1))
             known, new = known[:start] + known[end:], known[start:end]
         train.append(known)
@@ -84,7 +84,7 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
     if unknown := set(sets.get("test", ())) - set(names):
         raise UserError(f"{archive}: {min(unknown)} is in the test set, but not in the training set")
     if not any(test):
-        raise UserError(f"{archive} has no test photo that can be read")
+        raise UserError(f"{archive} has no test photo that can be used")
     turns = range(max(map(len, test)))
     in_turn = [(label, photos[k]) for k in turns for label, photos in enumerate(test) if k < len(photos)]
     one_by_one = [(label, photo) for label, photos in enumerate(train) for photo in photos]

@@ -27,6 +27,8 @@ def atomic_write(path):
         yield part
         os.replace(part, path)
     except OSError as error:
+        if error.errno is None:  # not of the operating system, such as gzip.BadGzipFile
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         part.unlink(missing_ok=True)

@@ -82,20 +82,27 @@ def to_cam_model(model, output=None):
         raise UserError(" ".join(str(error).split())) from None
 
 
-def check_evaluated(path, cam_model, shape, classes):
-    """Raises a UserError if the model of `path` does not take images (H, W, channels) in 0..255, for so many classes.
+def check_evaluated(path, cam_model, shape, classes, short_side=None):
+    """Checks that the data of an experiment suits the model saved at `path`.
 
-    A height and width of None stand for images of any size.
+    Args:
+        path: Path of the model.
+        cam_model: Its model made by `class_activation_model`.
+        shape: (H, W, channels) of the images; H and W are None if their size varies.
+        classes: Number of classes.
+        short_side: Pixels to which the short side of the images is scaled, if it is.
+
+    Raises:
+        UserError: The model takes other images or has another number of classes.
     """
     found = cam_model.input_shape if len(cam_model.inputs) == 1 else ()
     fits = len(found) == 4 and all(size in (None, wanted) for size, wanted in zip(found[1:], shape, strict=True))
     if not fits or cam_model.output_shape[0][-1] != classes:
         size = "any size" if shape[0] is None else f"{shape[1]} x {shape[0]} pixels"
-        raise UserError(
-            f"{path} is not a network for images of {size}, {shape[2]} channel(s) and {classes} classes, as are here"
-        )
-    if tuple(load_images_settings(path).get("pixel_range", (0, 255))) != (0, 255):
-        raise UserError(f"{images_file(path)}: --evaluate gives the network pixels of 0..255, not of another range")
+        raise UserError(f"{path} must take images of {size} and {shape[2]} channel(s), and have {classes} classes")
+    wanted, given = load_images_settings(path), f"0..255, with {short_side or 'no'} pixels as short_side"
+    if (tuple(wanted.get("pixel_range", (0, 255))), wanted.get("short_side", short_side)) != ((0, 255), short_side):
+        raise UserError(f"{images_file(path)} asks for other images than --evaluate gives: pixels in {given}")
 
 
 def load_torchvision_convolutions(path):

@@ -1,7 +1,8 @@
-"""A training run on disk: its lock, settings, checkpoint and history. It resumes bit for bit, even after `kill -9`."""
+"""A training run on disk: lock, settings, checkpoint and history. It resumes after any kill, on a CPU bit for bit."""
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ def set_seed(seed):
 class RunFolder:
     """The output folder of a run.
 
-    settings.json             the settings of the run and a checksum of its data; it is not resumed with others
+    settings.json             settings of the run, and a checksum of its data; it is not resumed with others
     checkpoint.npz            weights, optimizer state and history, with checksums
     checkpoint.previous.npz   the checkpoint before
     history.csv               a row per evaluation, see `history`
@@ -49,7 +50,7 @@ class RunFolder:
     Args:
         settings: Namespace of the settings: out, fresh, steps, every, batch_size, and others.
         model: The compiled model to train. Its weights are restored from the checkpoint, if there is one.
-        data: List that tells one data set from another, such as the labels; what JSON can express.
+        data: The training and the test `Split`. A run is not resumed on others.
         keep_weights: Number of steps whose weights are kept, among them the first and the last; most of them early.
 
     Attributes:
@@ -224,10 +225,19 @@ def lock_run_folder(out):
     return lock
 
 
+def checksum(data):
+    """A checksum of the images, labels and boxes of several `Split`s; of photos only their names and sizes count."""
+    value = 0
+    for part in itertools.chain(*data):
+        value = zlib.crc32(part if isinstance(part, np.ndarray) else repr(part).encode(), value)
+    return value
+
+
 def check_settings(out, settings, data):
-    """Writes the settings and data of a new run, or compares them with those of the run that the folder holds."""
-    own = {"data": settings["data"], "data_checksum": zlib.crc32(json.dumps(data).encode())} | settings
-    own = {name: str(value) for name, value in own.items() if name not in NOT_COMPARED}
+    """Writes the settings of a new run, or compares them with those of the run that the folder holds."""
+    own = {name: str(value) for name, value in settings.items() if name not in NOT_COMPARED}
+    own["data_checksum"] = str(checksum(data))
+    own["steps"] = own.pop("steps")  # the last to be compared, for it may follow from the number of images
     if not (out / SETTINGS).exists():
         with atomic_write(out / SETTINGS) as part:
             part.write_text(json.dumps(own, indent=1))
@@ -240,7 +250,7 @@ def check_settings(out, settings, data):
         raise UserError(f"{out} holds a run of another script or version; use --fresh, or give another --out")
     for name, value in own.items():
         if value != earlier[name] and name == "data_checksum":
-            raise UserError(f"{own['data']} had other images when {out} was begun: give another --out, or use --fresh")
+            raise UserError(f"{own['data']} has changed since {out} was begun: give another --out, or use --fresh")
         if value != earlier[name]:
             found = f"{out} holds a run with --{name.replace('_', '-')} {earlier[name]}, not {value}"
             raise UserError(f"{found}: resume it with that, give another --out, or start over with --fresh")

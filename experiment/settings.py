@@ -90,7 +90,7 @@ def fill_in_recipe(parser, settings, recipe, recipes):
 
 
 def prefers_bfloat16():
-    """Whether the device that trains is known to be faster with bfloat16. Intel processors are only with AMX."""
+    """Whether the device that trains is known to be faster with bfloat16. Among Intel's, only those with AMX are."""
     if keras.backend.backend() != "tensorflow":
         return False  # not measured
     import tensorflow as tf

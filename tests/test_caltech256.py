@@ -172,6 +172,38 @@ def test_a_run_continues_bit_for_bit(small_run, archive, tmp_path):
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_a_run_is_not_resumed_with_other_photos(small_run, archive, tmp_path):
+    out, _ = small_run
+    arguments = ["caltech256.py", "--out", out, "--steps", 3, *SMALL]
+    assert_one_line_error(run(*arguments, "--data", archive, "--test-share", 0.5), "--test-share None, not 0.5")
+    whole = archive.read_bytes()
+    with tarfile.open(archive) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}
+    try:
+        del files["256_ObjectCategories/001.disc/001_0001.jpg"]
+        write_tar(archive, files)
+        process = run(*arguments, "--data", archive)
+        assert_one_line_error(process, f"{archive} has changed since {out} was begun", "--fresh")
+    finally:
+        archive.write_bytes(whole)
+
+
+def test_models_that_cannot_be_measured(small_run, archive, tmp_path):
+    out, _ = small_run
+    for name in "alexnet.keras", "alexnet_images.json":
+        shutil.copy(out / name, tmp_path)
+    names = tmp_path / "alexnet_classes.txt"
+
+    def evaluate():
+        return run("caltech256.py", "--evaluate", tmp_path / "alexnet.keras", "--data", archive, "--out", tmp_path)
+
+    names.write_text("disc\nsquare\n")
+    assert_one_line_error(evaluate(), f"{names} has 2 lines; the model has 3 classes")
+    names.write_text("disc\nsquare\nstripes\n")
+    (tmp_path / "alexnet_images.json").write_text('{"short_side": 300}')
+    assert_one_line_error(evaluate(), "alexnet_images.json asks for other images", "256 pixels as short_side")
+
+
 def test_a_photo_in_maps_out(small_run, tmp_path):
     out, _ = small_run
     pixels, _ = shape("002.square", np.random.default_rng(1))

@@ -155,17 +155,26 @@ def test_wrong_arguments(tmp_path, arguments, parts):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fault", ["labels", "ink"])
-def test_a_file_that_is_not_mnist(tmp_path, fault):
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("labels", "digits.npz is not an mnist.npz"),
+        ("none", "not an mnist.npz"),
+        ("ink", "digits.npz: image 3 is black"),
+    ],
+)
+def test_a_file_that_is_not_mnist(tmp_path, fault, message):
     images, labels = digits(20, value=255)
     labels = labels % 10
     if fault == "labels":
         labels = np.eye(10)[labels]
+    elif fault == "none":
+        images, labels = images[:0], labels[:0]
     else:
         images[3] = 0
     np.savez(tmp_path / "digits.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     process = run("data/generate.py", "--digits", tmp_path / "digits.npz", "--images", 9, "--out", tmp_path / "out")
-    assert_one_line_error(process, "digits.npz is not an mnist.npz: digits (n, 28, 28) uint8 and labels 0..9")
+    assert_one_line_error(process, message)
 
 
 def test_a_download_that_fails(tmp_path):

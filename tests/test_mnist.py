@@ -2,16 +2,17 @@
 
 import importlib.util
 import json
-import shutil
 
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, assert_one_line_error, contents, rows, run
+import tensorflow as tf
+from conftest import ROOT, SMALL, assert_one_line_error, contents, rows, run, write_data
 from PIL import Image
 
 import cam
 from data.dataset import load_dataset
+from experiment import settings
 from experiment.schedule import batch_indices, epoch_order, warmup_cosine
 
 
@@ -126,19 +127,29 @@ def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_
     assert before == contents(out)
 
 
-def test_a_run_is_not_resumed_on_other_images(small_data, tmp_path):
-    data, out = tmp_path / "data", tmp_path / "out"
-    data.mkdir()
-    for name in "mnist_cluttered.tar.gz", "labels.txt":
-        shutil.copy(small_data / name, data)
-    assert run("mnist.py", "--data", data, "--out", out, "--steps", 2, *SMALL).returncode == 0
+def test_a_run_is_not_resumed_on_other_data(tmp_path):
+    """Other images with the same labels, other labels, other boxes, and more images than before."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (31, 20, 24), dtype=np.uint8), np.arange(31) % 10
+    boxes, data, out = np.array([[1, 2, 9, 9]] * 31), tmp_path / "data", tmp_path / "out"
+
+    def start(*length):
+        return run("mnist.py", "--data", data, "--out", out, *(length or ["--epochs", 1]), *SMALL)
+
+    write_data(data, images[:30], labels[:30], boxes[:30])
+    assert start().returncode == 0
     before = contents(out)
-    labels = (data / "labels.txt").read_text().splitlines()
-    labels[-1] = labels[-1][:-1] + ("1" if labels[-1][-1] == "0" else "0")  # of the last test image
-    (data / "labels.txt").write_text("\n".join(labels))
-    for length in ["--steps", 2], ["--epochs", 1]:
-        process = run("mnist.py", "--data", data, "--out", out, *length, *SMALL)
-        assert_one_line_error(process, f"{data} had other images when {out} was begun", "--fresh")
+    write_data(data, images[:30], labels[:30], boxes[:30])  # the same again
+    assert "holds this run, finished" in start().stdout
+    for other in (
+        (np.roll(images[:30], 1, axis=0), labels[:30], boxes[:30]),
+        (images[:30], np.roll(labels[:30], 1), boxes[:30]),
+        (images[:30], labels[:30], boxes[:30] + 1),
+        (images, labels, boxes),
+    ):
+        write_data(data, *other)
+        assert_one_line_error(start(), f"{data} has changed since {out} was begun", "--fresh")
+    write_data(data, images[:30], labels[:30], boxes[:30])
+    assert_one_line_error(start("--steps", 3), "--steps 2, not 3")
     assert before == contents(out)
 
 
@@ -202,6 +213,18 @@ def test_bad_settings(small_data, tmp_path, arguments, parts):
     process = run("mnist.py", "--data", small_data, "--out", tmp_path / "out", *SMALL, *arguments)
     assert_one_line_error(process, "mnist.py:", *parts)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("backend", "flags", "prefers"),
+    [("tensorflow", "amx_bf16", True), ("tensorflow", "avx512_bf16", False), ("jax", "amx_bf16", False)],
+)
+def test_bfloat16_is_the_default_only_where_it_was_measured_to_be_faster(monkeypatch, backend, flags, prefers):
+    monkeypatch.setattr(settings.keras.backend, "backend", lambda: backend)
+    monkeypatch.setattr(settings.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(settings.Path, "read_text", lambda path: f"GenuineIntel {flags}")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    assert settings.prefers_bfloat16() == prefers
 
 
 def batches(steps, batch_size, count, order, seed=0):

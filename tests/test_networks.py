@@ -172,15 +172,21 @@ def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):
         [keras.Input((28, 28, 1)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, use_bias=False)]
     )
     fixed.save(tmp_path / "fixed.keras")
+    fitting = keras.Sequential(
+        [keras.Input((20, 30, 1)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, use_bias=False)]
+    )
+    fitting.save(tmp_path / "fitting.keras")
+    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "fitting.keras", "--out", tmp_path / "out")
+    assert process.returncode == 0, process.stderr
     process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "fixed.keras")
-    assert_one_line_error(process, "fixed.keras", "30 x 20 pixels, 1 channel(s) and 10 classes")
+    assert_one_line_error(process, "fixed.keras", "30 x 20 pixels and 1 channel(s), and have 10 classes")
     keras.Sequential([keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)]).save(tmp_path / "unbuilt.keras")
     process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "unbuilt.keras")
     assert_one_line_error(process, "must be functional or Sequential, and built")
     lenet().save(tmp_path / "ranged.keras")
     (tmp_path / "ranged_images.json").write_text('{"pixel_range": [0, 1]}')
     process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "ranged.keras")
-    assert_one_line_error(process, "ranged_images.json: --evaluate gives the network pixels of 0..255")
+    assert_one_line_error(process, "ranged_images.json asks for other images than --evaluate gives: pixels in 0..255")
     assert_one_line_error(run("mnist.py", "--data", data, "--evaluate", tmp_path / "none"), "none is missing")
 
 

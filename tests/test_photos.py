@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.archive import File
 from data.photos import crop_boxes, decode, load_all_photos, load_photos
-from experiment.files import UserError
+from experiment.files import UserError, acquire_lock
 
 COUNT = 12  # photos of each category: 2 for training, 10 to test
 
@@ -101,7 +101,7 @@ def test_archives_that_cannot_be_used(tmp_path):
         load_photos(tmp_path / "half.tar")
     with pytest.raises(UserError, match=r"other\.tar has photos of 0 classes"):
         load_photos(write_tar(tmp_path / "other.tar", {"photo.jpg": b"?"}))
-    with pytest.raises(UserError, match=r"cup has 10 photos; at least 11"):
+    with pytest.raises(UserError, match=r"cup has 10 usable photos; at least 11"):
         load_photos(write_tar(tmp_path / "few.tar", FILES | photos_of("003.cup", 10)))
     with tarfile.open(tmp_path / "twice.tar", "w") as archive:
         for name, content in [*FILES.items(), next(iter(FILES.items()))]:
@@ -192,6 +192,22 @@ def test_a_folder_for_each_class(write, root, tmp_path):
         assert train.boxes is None
 
 
+def test_a_tar_gz_that_cannot_be_unpacked(tmp_path):
+    path = write_gz(tmp_path / "pets", PETS)
+    with acquire_lock(tmp_path / "pets.tar.gz.lock"), pytest.raises(UserError, match=r"process .* uses"):
+        load_photos(path)  # another process unpacks it
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + bytes(4) + whole[-4:])  # the checksum
+    with pytest.raises(UserError, match=r"pets\.tar\.gz is not a complete .*; get it again"):
+        load_photos(path)
+    path.write_bytes(whole)
+    (tmp_path / "pets.tar.gz.lock").unlink()
+    (tmp_path / "pets.tar.gz.lock").mkdir()
+    with pytest.raises(UserError, match=r"pets\.tar\.gz cannot be unpacked beside itself \(Is a directory\); unpack"):
+        load_photos(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pets.tar.gz", "pets.tar.gz.lock"]
+
+
 def test_a_tar_beside_a_tar_gz_stays_as_it_is(tmp_path):
     write_gz(tmp_path / "pets", PETS)
     for name in ("pets.tar", "renamed.tar"):
@@ -207,7 +223,7 @@ def test_a_share_of_each_class_as_test_set(tmp_path):
     assert names == ["cats", "dogs", "emus"]
     assert np.bincount(train.labels).tolist() == [10, 10, 1]
     assert test.labels.tolist() == [0, 1, 2, 0, 1, 0, 1]
-    with pytest.raises(UserError, match="emus has 2 photos; at least 11 are needed"):
+    with pytest.raises(UserError, match="emus has 2 usable photos; at least 11 are needed"):
         load_photos(archive)
 
 
@@ -236,7 +252,7 @@ def test_folds_are_fifths_of_the_training_photos(tmp_path):
         places = [names_of(known).index(photo.name.split("/")[-1]) for photo in test.images if "emus" in photo.name]
         assert places == list(range(places[0], places[-1] + 1))  # one piece of the class
     assert sorted(found) == sorted(names_of(known))
-    with pytest.raises(UserError, match="cats has 3 training photos; --fold needs 5"):
+    with pytest.raises(UserError, match="cats has 3 usable training photos; --fold needs 5"):
         load_photos(archive, fold=1)
 
 
@@ -252,7 +268,7 @@ def test_empty_folders_and_unreadable_classes(tmp_path):
     (folder / "pets" / "emus").mkdir()
     assert load_photos(folder)[3] == {"empty folders left out": 1}
     (folder / "pets" / "emus" / "1.png").write_bytes(b"no photo")
-    with pytest.raises(UserError, match="emus has 0 photos; at least 11 are needed"):
+    with pytest.raises(UserError, match="emus has 0 usable photos; at least 11 are needed"):
         load_photos(folder)
     with pytest.raises(UserError, match="has no photos"):
         load_photos(write_folder(tmp_path / "nothing", JUNK))

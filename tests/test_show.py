@@ -298,6 +298,19 @@ def test_ctrl_c_leaves_no_traceback(lenet_file, tmp_path, delay):
     assert len(errors.splitlines()) <= 2
 
 
+def test_after_ctrl_c_boxes_csv_has_the_images_that_were_shown(lenet_file, tmp_path):
+    photo(tmp_path / "a.png")
+    command = [sys.executable, "show.py", *[str(tmp_path / "a.png")] * 2000, "--model", str(lenet_file), "--top", "1"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while len(list((tmp_path / "out").glob("cam_*.png"))) < 3 and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    shown, found = len(list((tmp_path / "out").glob("cam_*.png"))), len(rows(tmp_path / "out" / "boxes.csv"))
+    assert 2 <= shown - 1 <= found <= shown  # at most the image at hand is missing
+
+
 def test_many_images_of_many_kinds(lenet_file, tmp_path):
     for name, size, mode in (("a.png", (100, 100), "L"), ("b.jpg", (300, 200), "RGB"), ("c.png", (30, 28), "RGBA")):
         photo(tmp_path / name, size, "RGB" if name.endswith("jpg") else mode)
