@@ -144,7 +144,7 @@ def evaluate_model(settings):
     if len(names) != classes:
         file = class_names_file(settings.evaluate)
         raise UserError(f"{file} has {len(names)} lines; the model has {classes} classes")
-    check_evaluated(settings.evaluate, cam_model, (None, None, 3), max(classes, 2), SHORT_SIDE)
+    check_evaluated(settings.evaluate, cam_model, (None, None, 3), max(classes, 2), SHORT_SIDE)  # not of one logit
     photos, counts = load_all_photos(settings.data, names)
     print(describe(settings.data, [f"{len(photos.labels):,} photos"], photos, counts), flush=True)
     starts = tqdm(range(0, len(photos.labels), BATCH), "predicting", leave=False, disable=None)

@@ -35,8 +35,8 @@ def lenet(channels=1, classes=10, precision="float32", pooling="average", locati
     x = layers.Conv2D(64, 5, padding="same", dtype=precision, name="conv2")(x)  # (N, H/2, W/2, 64)
     x = layers.MaxPooling2D(2, padding="same", dtype=precision, name="pool2")(x)  # (N, H/4, W/4, 64)
     feature_maps = layers.ReLU(dtype=precision, name="feature_maps")(x)  # f_k
-    shape = (None, None, None, 1)  # one decision for all units of a location
-    x = layers.Dropout(location_dropout, shape, dtype=precision, name="location_dropout")(feature_maps)
+    noise_shape = (None, None, None, 1)  # all units of a location are hidden together
+    x = layers.Dropout(location_dropout, noise_shape, dtype=precision, name="location_dropout")(feature_maps)
     if pooling == "average":
         pooled = layers.GlobalAveragePooling2D(dtype="float32", name="gap")(x)  # F_k: (N, 64)
     else:
@@ -68,6 +68,6 @@ def lsuv_init(model, images):
         kernel.assign(kernel / ops.std(kernel))
     batches = np.array_split(images, -(-len(images) // 32))  # all at once take 0.5 GB
     logits = ops.concatenate([model(batch) for batch in batches])
-    gain = ops.std(logits) ** (1 / len(kernels))  # with zero biases, three kernels times g give logits times g^3
+    gain = ops.std(logits) ** (1 / len(kernels))  # biases are 0: g times all three kernels is g^3 times the logits
     for kernel in kernels:
         kernel.assign(kernel / gain)

@@ -85,7 +85,7 @@ def save_figures(out, cam_model, test, class_names, history):
             outputs = model.predict_on_batch(samples.images[batch])
             list(pool.map(save_sample, range(batch.start, batch.stop), *outputs))
 
-    # Of the classes some test images, to choose from
+    # Some test images of each class, to choose from
     classes = np.unique(test.labels)[:MAX_CLASSES]
     candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in classes])
     candidates = test._replace(images=test.images[candidates], labels=test.labels[candidates], boxes=None)

@@ -100,9 +100,12 @@ def check_evaluated(path, cam_model, shape, classes, short_side=None):
     if not fits or cam_model.output_shape[0][-1] != classes:
         size = "any size" if shape[0] is None else f"{shape[1]} x {shape[0]} pixels"
         raise UserError(f"{path} must take images of {size} and {shape[2]} channel(s), and have {classes} classes")
-    wanted, given = load_images_settings(path), f"0..255, with {short_side or 'no'} pixels as short_side"
-    if (tuple(wanted.get("pixel_range", (0, 255))), wanted.get("short_side", short_side)) != ((0, 255), short_side):
-        raise UserError(f"{images_file(path)} asks for other images than --evaluate gives: pixels in {given}")
+    expected = {"pixel_range": [0, 255]} | ({"short_side": short_side} if short_side else {})
+    found = expected | load_images_settings(path)
+    found["pixel_range"] = list(found["pixel_range"])
+    found.pop("digit", None)  # either way, the digits of an experiment are given as they are
+    if found != expected:
+        raise UserError(f"{images_file(path)} is not {json.dumps(expected)}, which is how --evaluate prepares images")
 
 
 def load_torchvision_convolutions(path):

@@ -201,7 +201,7 @@ def test_models_that_cannot_be_measured(small_run, archive, tmp_path):
     assert_one_line_error(evaluate(), f"{names} has 2 lines; the model has 3 classes")
     names.write_text("disc\nsquare\nstripes\n")
     (tmp_path / "alexnet_images.json").write_text('{"short_side": 300}')
-    assert_one_line_error(evaluate(), "alexnet_images.json asks for other images", "256 pixels as short_side")
+    assert_one_line_error(evaluate(), "alexnet_images.json is not", '"short_side": 256}')
 
 
 def test_a_photo_in_maps_out(small_run, tmp_path):

@@ -186,7 +186,7 @@ def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):
     lenet().save(tmp_path / "ranged.keras")
     (tmp_path / "ranged_images.json").write_text('{"pixel_range": [0, 1]}')
     process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "ranged.keras")
-    assert_one_line_error(process, "ranged_images.json asks for other images than --evaluate gives: pixels in 0..255")
+    assert_one_line_error(process, 'ranged_images.json is not {"pixel_range": [0, 255]}, which')
     assert_one_line_error(run("mnist.py", "--data", data, "--evaluate", tmp_path / "none"), "none is missing")
 
 
