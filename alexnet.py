@@ -11,7 +11,7 @@ import keras
 from keras import layers, ops
 
 SHORT_SIDE = 256  # pixels to which a photo is scaled on its short side
-SIDE = 224  # pixels of the square that is cropped from it for training: feature maps of 13 x 13 locations
+CROP_SIDE = 224  # pixels of the square that is cropped from it for training: feature maps of 13 x 13 locations
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in 0..1, RGB
 # Convolutions with ImageNet weights: torchvision's name, and the shape there, (out, in, height, width).
 CONVOLUTIONS = {
@@ -30,8 +30,8 @@ def alexnet(classes, precision="float32", location_dropout=0.3):
         classes: Number of classes, C.
         precision: Keras dtype policy of the convolutions, "float32" or "mixed_bfloat16". Pooled features, softmax
             weights and logits are float32 with either.
-        location_dropout: Share of the locations before the last convolution that are hidden in training, so that no
-            single part of an object decides.
+        location_dropout: Share of the locations before the last convolution that are hidden in training. Not in the
+            paper, ours: no single part of an object decides.
 
     Returns:
         Keras model from RGB images (N, H, W, 3), 0..255, to logits S_c (N, C). The feature maps f_k (N, h, w, 1024)

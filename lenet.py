@@ -8,6 +8,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+# Location i of the feature maps depends on 16 pixels from -6 + 4 i on, in rows and in columns.
+RECEPTIVE_FIELD = {"start": -6, "stride": 4, "length": 16}
+
 
 def lenet(channels=1, classes=10, precision="float32", pooling="average", location_dropout=0.0):
     """Builds the network with the initial weights of the original.
@@ -18,9 +21,9 @@ def lenet(channels=1, classes=10, precision="float32", pooling="average", locati
         precision: Keras dtype policy of the convolutions, "float32" or "mixed_bfloat16". Pooled features, softmax
             weights and logits are float32 with either.
         pooling: "average", or "max" for the comparison in the paper's section 3.2: global max pooling.
-        location_dropout: Share of the locations of the feature maps that are hidden in training, all units at once,
-            so that a class has to find evidence in all of the digit, not in its best stroke. In the spirit of
-            Hide-and-Seek (Singh and Lee 2017), which hides patches of the image.
+        location_dropout: Share of the locations of the feature maps that are hidden in training, all units at once.
+            Not in the paper, ours: a class has to find evidence in all of the digit, not just in its best stroke. In
+            the spirit of Hide-and-Seek (Singh and Lee 2017), which hides patches of the image.
 
     Returns:
         Keras model from images (N, H, W, channels), 0..255, to logits S_c (N, C). The feature maps f_k
@@ -51,13 +54,13 @@ def lenet(channels=1, classes=10, precision="float32", pooling="average", locati
     return keras.Model(images, logits, name="lenet")
 
 
-def lsuv_init(model, images):
+def scale_to_unit_logits(model, images):
     """Scales the initial weights so that the network learns from the first step.
 
     With the original's initial weights the logits hardly differ: the mean over 625 locations dilutes a digit that
-    covers 4% of them, and training stays on a plateau until the weights have grown. Here the logits get unit variance.
-    Layer-sequential unit-variance initialization (LSUV, Mishkin and Matas 2016) asks that of every layer; here it is
-    asked of the last one, and all kernels get the same standard deviation, so that Adam's steps fit each layer.
+    covers 4% of them, and training stays on a plateau until the weights have grown. Here the logits get unit variance,
+    as LSUV initialization (Mishkin and Matas 2016) does in every layer, and all kernels the same standard deviation, so
+    that Adam's steps fit each layer.
 
     Args:
         model: A model made by `lenet`; its weights are changed in place.

@@ -143,13 +143,13 @@ def compare(title, measures, limit, text):
     """A table row for each of the others; `text` shows seconds."""
     here = measures[HERE]
     return [
-        [title, text(np.median(here)), f"{name}: {text(np.median(seconds))}", spread(seconds / here), limit]
+        [title, text(np.median(here)), f"{name}: {text(np.median(seconds))}", format_ratios(seconds / here), limit]
         for name, seconds in measures.items()
         if name not in (HERE, LIMIT)
     ]
 
 
-def spread(ratios):
+def format_ratios(ratios):
     return f"{np.median(ratios):.3g} ({ratios.min():.3g} to {ratios.max():.3g})"
 
 
@@ -203,17 +203,17 @@ def whole_run(data, rounds):
     number = sum(len(part.labels) for part in load_dataset(data))
     size = load_dataset(data)[0].images[0].size
     measures = race("run", 1, data, {HERE: (run_here,), "RGB": (load_rgb,)})
-    steps, evaluations, pages, whole, peak = measures[HERE][0]
+    steps, evaluations, whole, peak = measures[HERE][0]
     rgb = measures["RGB"] * number
     title = f"shares of {duration(whole)} of `python mnist.py`, tarball extracted"
-    shares = f"{steps:.1%} training steps, {evaluations:.1%} evaluation and heatmaps, {pages:.1%} page"
+    shares = f"{steps:.1%} training steps, {evaluations:.1%} evaluation, heatmaps and page"
     return [
         [title, shares, "-", "-", "-"],
         [
             f"peak memory, {number:,} images",
             f"{peak / 1e9:.2g} GB, the program included",
             f"images as float64 RGB alone: {np.median(rgb) / 1e9:.3g} GB",
-            spread(rgb / peak),
+            format_ratios(rgb / peak),
             f"{peak / (number * size):.1f} times the pixels as uint8",
         ],
     ]
@@ -323,7 +323,6 @@ def header(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"benchmark.py: {message}; see --help\n")  # one line
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--data", default="data", type=Path, help="folder of the data set (default: data)")
     parser.add_argument("--rounds", default=5, type=int, help="how often each thing is measured (default: 5)")

@@ -4,7 +4,6 @@ Each function is called in a process of its own, with the data folder, a tempora
 warms up, and returns a function without arguments that measures once.
 """
 
-import contextlib
 import io
 import shutil
 import subprocess
@@ -41,57 +40,53 @@ def per_image(function, number):
 # Training
 
 
+def quiet_keras():
+    """Keras, imported without TensorFlow's start-up log."""
+    from experiment import process
+
+    process.start()
+    import keras
+
+    return keras
+
+
 def settings_of(data, *flags):
     """The settings of `python mnist.py --data DATA FLAG ...`."""
+    quiet_keras()
     import mnist
 
-    parser = mnist.make_parser("mnist.py", None, mnist.SETTINGS, mnist.RECIPES)
-    settings = parser.parse_args(["--data", str(data), *map(str, flags)])
-    mnist.fill_in_recipe(parser, settings, settings.recipe, mnist.RECIPES)
-    return settings
+    return mnist.parse_arguments(["--data", str(data), *map(str, flags)])
 
 
-class Caught(BaseException):
-    """The settings and the model with which mnist.py begins to train."""
-
-
-def caught(data, *flags):
+def built(data, *flags):
     """The settings and the model that `python mnist.py --data DATA FLAG ...` trains with."""
+    settings = settings_of(data, *flags)
     import mnist
 
-    def catch(settings, model, data, keep_weights):
-        raise Caught(settings, model)
-
-    with mock.patch.object(mnist, "RunFolder", catch), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            mnist.main(settings_of(data, *flags))
-        except Caught as found:
-            return found.args
+    mnist.set_seed(settings.seed)
+    train, _ = load_dataset(data)
+    return settings, mnist.build_model(settings, train.images[:256])
 
 
 def train_steps(data, settings, model):
     """Trains as the loop of mnist.py does, without evaluations."""
-    from experiment.quiet import keras
-
-    # isort: split
-    from experiment.schedule import batch_indices
+    from experiment.training import batch_indices
 
     train, _ = load_dataset(data)
-    one_hot = keras.utils.to_categorical(train.labels)
+    one_hot = np.eye(10, dtype=np.float32)[train.labels]
     for step in range(settings.steps):
         batch = batch_indices(step, settings.batch_size, len(one_hot), settings.order, settings.seed)
         model.train_on_batch(train.images[batch], one_hot[batch])
 
 
 def train_here(data, folder, steps, *flags):
-    settings, model = caught(data, "--steps", steps, *flags)
+    settings, model = built(data, "--steps", steps, *flags)
     return per_image(lambda: train_steps(data, settings, model), steps * settings.batch_size)
 
 
 def seconds_per_step(model, steps, **arguments):
     """Trains with Keras `fit`; the first fifth of the steps is not counted."""
-    from experiment.quiet import keras
-
+    keras = quiet_keras()
     times = []
     clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: times.append(time.perf_counter()))
     model.fit(**{"verbose": 0} | arguments, shuffle=False, callbacks=[clock])
@@ -100,9 +95,7 @@ def seconds_per_step(model, steps, **arguments):
 
 def train_keras(data, folder, steps, size=256):
     """The network and the input of 2017, as one writes them down in Keras."""
-    from experiment.quiet import keras
-
-    # isort: split
+    keras = quiet_keras()
     from keras import layers
 
     images, labels = float_images(data, steps * size)
@@ -164,9 +157,7 @@ def torch_lenet(data, number):
 
 def multiply_matrices(data, folder, backward):
     """Measures seconds per floating-point operation in the run's precision; with operations per image, and bits."""
-    from experiment.quiet import keras
-
-    # isort: split
+    keras = quiet_keras()
     from lenet import lenet
 
     precision = settings_of(data).precision.removeprefix("mixed_")
@@ -194,43 +185,27 @@ def operations(model, shape, backward):
 
 
 def run_here(data, folder):
-    """Measures, of the default run: the shares of steps, of evaluations with heatmaps, and of the page; its time; its
-    peak memory."""
+    """Measures, of the default run: the shares of steps and of evaluations with heatmaps, time, and peak memory."""
 
     def measure():
         start = time.perf_counter()  # before Keras is imported
+        settings = settings_of(data, "--out", folder)
         import mnist
-        from experiment.quiet import keras
 
-        steps, evaluations, pages = [], [], []
-
-        def clocked(method, times):
-            def call(*arguments, **options):
-                began = time.perf_counter()
-                result = method(*arguments, **options)
-                times.append(time.perf_counter() - began)
-                return result
-
-            return call
+        steps, evaluations = [], []
 
         class TimedRun(mnist.RunFolder):
-            def is_due(self, step):
-                self.began = time.perf_counter()
-                return super().is_due(step)
+            def steps(self):
+                for step in super().steps():
+                    began = time.perf_counter()
+                    yield step
+                    (evaluations if self.is_due(step) else steps).append(time.perf_counter() - began)
 
-            def record(self, *arguments):
-                super().record(*arguments)
-                evaluations.append(time.perf_counter() - self.began)
-
-        settings = settings_of(data, "--out", folder)
-        with (
-            mock.patch.object(keras.Model, "train_on_batch", clocked(keras.Model.train_on_batch, steps)),
-            mock.patch.object(mnist.Page, "renew", clocked(mnist.Page.renew, pages)),
-            mock.patch.object(mnist, "RunFolder", TimedRun),
-        ):
-            mnist.main(settings)
+        with mock.patch.object(mnist, "RunFolder", TimedRun):
+            mnist.train(settings)
         whole = time.perf_counter() - start
-        return sum(steps) / whole, sum(evaluations) / whole, sum(pages) / whole, whole, peak_memory()
+        training = np.mean(steps) * (len(steps) + len(evaluations) - 1)  # a step that is evaluated is trained, too
+        return training / whole, (sum(evaluations) + sum(steps) - training) / whole, whole, peak_memory()
 
     return measure
 
@@ -265,7 +240,7 @@ def load_rgb(data, folder, number=1000):
 
 def network(data, number=500, steps=0):
     """A run's LeNet after some steps; test images (number, H, W, 1) and labels; slices of a batch each."""
-    settings, model = caught(data, "--steps", steps or 1)
+    settings, model = built(data, "--steps", steps or 1)
     if steps:
         train_steps(data, settings, model)
     images, labels, _ = load_dataset(data)[1].first(number)
@@ -322,18 +297,18 @@ def map_torchcam(data, folder, bfloat16, number=500, size=125):
 
 def true_class_maps(data, number):
     """Test images (number, H, W, 1) and the maps (number, h, w) of their true classes."""
-    from cam import class_activation_model
-    from experiment.metrics import predict_class_maps
-
     model, images, labels, *_ = network(data, number, steps=100)
-    return images, predict_class_maps(class_activation_model(model), images, labels)[1]
+    from cam import class_activation_model
+
+    _, class_maps = class_activation_model(model).predict(images, verbose=0)
+    return images, class_maps[np.arange(number), :, :, labels]
 
 
 def draw_here(data, folder, number=50):
     images, class_maps = true_class_maps(data, number)
 
     from cam import normalize, upsample  # after what imports Keras quietly
-    from experiment.figures import save_heatmaps
+    from experiment.pictures import save_heatmaps
 
     folder = Path(tempfile.mkdtemp(dir=folder))
     for index in range(number):
@@ -447,7 +422,7 @@ def scale_here(data, folder, number, side):
 
     def measure():
         reading = timed(load_dataset, folder)
-        settings, model = caught(folder, "--steps", SCALING_STEPS)
+        settings, model = built(folder, "--steps", SCALING_STEPS)
         train_steps(folder, settings, model)
         step = min(timed(train_steps, folder, settings, model) for _ in range(3)) / SCALING_STEPS
         return reading, step * number * 0.7 / settings.batch_size, step

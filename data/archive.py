@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from data.dataset import LimitedReader
 from experiment.files import UserError, acquire_lock, atomic_write
 
 
@@ -49,9 +48,8 @@ def in_tar(archive):
             archive = unpack(archive)
     files, folders = [], []
     try:
-        with archive.open("rb") as file, tarfile.open(fileobj=(limited := LimitedReader(file)), mode="r:") as members:
+        with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as members:
             for member in members:
-                limited.next_member()
                 name = member.name.removeprefix("./").lstrip("/")
                 if member.isreg():
                     files.append(File(name, archive, member.offset_data, 0 if member.issparse() else member.size))

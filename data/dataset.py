@@ -13,6 +13,7 @@ import io
 import re
 import shutil
 import tarfile
+import warnings
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +24,13 @@ from tqdm import tqdm
 
 from experiment.files import UserError, acquire_lock
 
-TARBALL, LABELS, BOXES = "mnist_cluttered.tar.gz", "labels.txt", "boxes.txt"
+TARBALL, LABELS, BOXES_TXT = "mnist_cluttered.tar.gz", "labels.txt", "boxes.txt"
 CLASSES = 10
 LOCK = "img.lock"  # held while images are extracted or generated
 
-# Limits. What a file claims about itself is checked against them before memory or disk is taken.
+# What a file claims about itself is checked before memory or disk is taken.
 MAX_MEMBER = 1 << 20  # bytes; a PNG of 100 x 100 has about 600
-MAX_HEADER = 1 << 16  # bytes of tar headers before a member
-MAX_SIDE = 1000  # pixels
+MAX_IMAGE_SIDE = 1000  # pixels
 MAX_TABLE = 1 << 24  # bytes of labels.txt or boxes.txt; enough for a million lines
 
 
@@ -62,15 +62,19 @@ def load_dataset(folder):
     if folder.is_file():
         raise UserError(f"{folder} is a file; --data takes the folder that holds {TARBALL} and {LABELS}")
     labels = read_table(folder / LABELS, columns=1)[:, 0]
-    for line, label in enumerate(labels, start=1):
-        if label >= CLASSES:
-            raise UserError(f"{folder / LABELS}, line {line}: label {label} is not in 0..{CLASSES - 1}")
-    images = load_images(folder, count=len(labels))
-    boxes = read_boxes(folder / BOXES, images.shape) if (folder / BOXES).exists() else None
-    split = len(labels) * 7 // 10
-    train = Split(images[:split], labels[:split], None if boxes is None else boxes[:split])
-    test = Split(images[split:], labels[split:], None if boxes is None else boxes[split:])
-    return train, test
+    check_lines(folder / LABELS, labels < CLASSES, f"the label is not in 0..{CLASSES - 1}")
+    images = load_images(folder, len(labels))
+    boxes, (count, height, width, _) = None, images.shape
+    if (folder / BOXES_TXT).exists():
+        boxes = read_table(folder / BOXES_TXT, columns=4)
+        if len(boxes) != count:
+            raise UserError(f"{folder / BOXES_TXT} has {len(boxes):,} lines for {count:,} images")
+        x0, y0, x1, y1 = boxes.T
+        good = (x0 < x1) & (y0 < y1) & (x1 <= width) & (y1 <= height)
+        check_lines(folder / BOXES_TXT, good, f"this is not a box in {width} x {height} pixels")
+    split = count * 7 // 10
+    whole = Split(images, labels, boxes)
+    return whole.first(split), Split(images[split:], labels[split:], None if boxes is None else boxes[split:])
 
 
 def read_table(path, columns):
@@ -78,53 +82,43 @@ def read_table(path, columns):
     try:
         if path.stat().st_size > MAX_TABLE:
             raise UserError(f"{path} has {path.stat().st_size:,} bytes; the limit is {MAX_TABLE:,}")
-        lines = path.read_text(encoding="ascii").splitlines()
+        with warnings.catch_warnings(action="ignore"):  # of an empty file
+            table = np.loadtxt(path, np.int64, comments=None, delimiter="\t", ndmin=2, encoding="ascii")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; a data folder holds {TARBALL} and {LABELS}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file of numbers") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not re.fullmatch(rf"[0-9]{{1,9}}(\t[0-9]{{1,9}}){{{columns}}}", line):
-            raise UserError(f"{path}, line {number}: {line[:40]!r} is not {columns + 1} numbers separated by tabs")
-        index, *row = map(int, line.split("\t"))
-        if index != number:
-            raise UserError(f"{path}, line {number}: the index is {index}; it must be {number}")
-        rows.append(row)
-    if len(rows) < 2:
-        raise UserError(f"{path} has {len(rows)} lines; it must have at least 2, a training and a test image")
-    return np.array(rows)
+    except ValueError as error:
+        reason = str(error).split(";")[0]
+        raise UserError(f"{path} must have {columns + 1} numbers a line, separated by tabs ({reason})") from None
+    if len(table) < 2:
+        raise UserError(f"{path} has {len(table)} lines; it must have at least 2, a training and a test image")
+    if table.shape[1] != columns + 1:
+        raise UserError(f"{path} must have {columns + 1} numbers a line, separated by tabs; it has {table.shape[1]}")
+    check_lines(path, table[:, 0] == np.arange(1, len(table) + 1), "the index is not the number of the line")
+    check_lines(path, (table >= 0).all(axis=1), "a number is negative")
+    return table[:, 1:]
 
 
-def read_boxes(path, shape):
-    """Reads the boxes (N, 4) of images of the shape (N, H, W, 1)."""
-    boxes, (count, height, width, _) = read_table(path, columns=4), shape
-    if len(boxes) != count:
-        raise UserError(f"{path} has {len(boxes):,} lines for {count:,} images")
-    x0, y0, x1, y1 = boxes.T
-    wrong = (x0 >= x1) | (y0 >= y1) | (x1 > width) | (y1 > height)
-    if wrong.any():
-        line = int(np.argmax(wrong)) + 1
-        raise UserError(f"{path}, line {line}: {boxes[line - 1].tolist()} is not a box in {width} x {height} pixels")
-    return boxes
+def check_lines(path, good, reason):
+    """Raises a UserError that names the first line that is not good."""
+    if not good.all():
+        raise UserError(f"{path}, line {good.argmin() + 1}: {reason}")
 
 
 def load_images(folder, count):
-    """Maps the tarball's images from `img/images.npy`, after extracting them if that is not of this tarball.
+    """Memory-maps `img/images.npy`; extracts the tarball first if that cache is missing or stale.
 
     Returns:
         Array (count, H, W, 1) uint8, read-only.
     """
-    tarball, img = folder / TARBALL, folder / "img"
+    tarball, img, part = folder / TARBALL, folder / "img", folder / "img.part"
     try:
         with tarball.open("rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
-        raise UserError(f"{tarball} is missing; data/generate.py makes one") from None
+        raise UserError(f"{tarball} is missing; python -m data.generate makes one") from None
     images = map_images(img, checksum)
     if images is None:
         with acquire_lock(folder / LOCK):
-            part = folder / "img.part"  # renamed when it is complete
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
             part.mkdir()
             try:
@@ -176,27 +170,19 @@ def extract(tarball, folder, count):
         raise UserError(f"{tarball} has no img_{min(missing)}.png; {LABELS} has {count:,} lines")
 
 
-class LimitedReader:
-    """A file of which only so much can be read as one member of a tarball may have, whatever its header claims."""
+class LimitedFile(gzip.GzipFile):
+    """Refuses to read more than a member may have at once, as tarfile does for headers that claim to be long."""
 
-    def __init__(self, file):
-        self.file, self.seek, self.tell = file, file.seek, file.tell
-        self.next_member()
-
-    def next_member(self):
-        self.left = MAX_HEADER + MAX_MEMBER
-
-    def read(self, size):
-        self.left -= size
-        if self.left < 0:
+    def read(self, size=-1):
+        if size > MAX_MEMBER:
             raise tarfile.ReadError("its headers are too long")
-        return self.file.read(size)
+        return super().read(size)
 
 
 def read_pngs(tarball, count):
     """Yields (index, bytes) of each img_{index}.png in the tarball; anything else in it is an error."""
     try:
-        with gzip.open(tarball) as file, tarfile.open(fileobj=(limited := LimitedReader(file)), mode="r:") as archive:
+        with LimitedFile(tarball) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for position, member in enumerate(archive):
                 if position > count:  # one more than the images, for the folder
                     raise UserError(f"{tarball} has more files than the {count:,} of {LABELS}")
@@ -204,11 +190,9 @@ def read_pngs(tarball, count):
                     continue
                 name = re.fullmatch(r"(?:\./)?img_([1-9][0-9]{0,8})\.png", member.name)
                 if not (name and member.isreg() and member.size <= MAX_MEMBER):
-                    raise UserError(
-                        f"{tarball}: {member.name[:80]!r} is not a file img_1.png, img_2.png ... of at most 1 MiB"
-                    )
+                    wanted = "a file img_1.png, img_2.png ... of at most 1 MiB"
+                    raise UserError(f"{tarball}: {member.name[:80]!r} is not {wanted}")
                 yield int(name[1]), archive.extractfile(member).read()
-                limited.next_member()
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError) as error:
         raise UserError(f"{tarball} is not a complete .tar.gz ({error}); get or generate it again") from None
 
@@ -217,8 +201,9 @@ def decode_png(tarball, index, png):
     """Pixels (H, W) uint8 of one PNG."""
     try:
         image = Image.open(io.BytesIO(png), formats=["PNG"])  # the header alone
-        if image.mode not in ("L", "RGB") or max(image.size) > MAX_SIDE:
-            raise ValueError(f"it is {image.mode} {image.size}; 8-bit grey or RGB of at most {MAX_SIDE} pixels is read")
+        if image.mode not in ("L", "RGB") or max(image.size) > MAX_IMAGE_SIDE:
+            limit = f"8-bit grey or RGB of at most {MAX_IMAGE_SIDE} pixels is read"
+            raise ValueError(f"it is {image.mode} {image.size}; {limit}")
         pixels = np.asarray(image)
     except Exception as error:  # Pillow raises a dozen kinds for a bad PNG
         raise UserError(f"{tarball}: img_{index}.png cannot be decoded ({error})") from None

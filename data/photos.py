@@ -17,26 +17,42 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data.archive import list_files, read_bytes
-from data.dataset import Split
+from data.archive import File, list_files, read_bytes
 from experiment.files import UserError
 from experiment.images import MAX_ASPECT_RATIO
 
 TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
-BOXES = "boxes.csv"
+BOXES_CSV = "boxes.csv"
 HEADER = ["file", "x0", "y0", "x1", "y1"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 MAX_FILE = 1 << 25  # bytes
-MAX_PIXELS = 50_000_000  # pixels
+MAX_PIXELS = 50_000_000
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP"]  # a few photos are not what their name says
 HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|\Z))")  # what macOS puts beside a file, and the like
 NUMBERED = re.compile(r"[0-9]{3}\.(.+)")  # a folder of Caltech-256
+
+
+class Photos(NamedTuple):
+    """The training or the test set: N photos, which stay in their folder or archive until they are decoded."""
+
+    files: list[File]
+    labels: np.ndarray  # (N,) int64, 0..C-1
+    boxes: list | None  # true boxes of each photo, (n, 4) float64, or None; None if there is no boxes.csv
+
+    def first(self, count):
+        """The first `count` photos."""
+        return Photos(self.files[:count], self.labels[:count], None if self.boxes is None else self.boxes[:count])
+
+    def fingerprint(self):
+        """What makes these photos the same as others, wherever they lie: names and sizes, labels, boxes."""
+        return [(file.name, file.size) for file in self.files], self.labels, self.boxes
 
 
 def load_photos(archive, chosen=None, test_share=None, fold=None):
@@ -50,8 +66,8 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
             test photos are left out.
 
     Returns:
-        The training and the test `Split`, whose images are lists of `File`s (in the test set the classes take turns),
-        and whose boxes are lists of (n, 4) or None; names of the C classes; counts of what was left out, by the reason.
+        The training and the test `Photos` (in the test set the classes take turns); names of the C classes; counts of
+        what was left out, by the reason.
 
     Raises:
         UserError: The archive is missing or broken, or a class is missing or has too few photos.
@@ -88,14 +104,14 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
     turns = range(max(map(len, test)))
     in_turn = [(label, photos[k]) for k in turns for label, photos in enumerate(test) if k < len(photos)]
     one_by_one = [(label, photo) for label, photos in enumerate(train) for photo in photos]
-    return *(make_split(labelled, boxes) for labelled in (one_by_one, in_turn)), names, dict(counts)
+    return *(make_photos(labelled, boxes) for labelled in (one_by_one, in_turn)), names, dict(counts)
 
 
 def load_all_photos(archive, names):
     """Finds all photos of the classes `names`, to test a network on.
 
     Returns:
-        A `Split` as `load_photos` does, and counts of what was left out, by the reason.
+        `Photos`, and counts of what was left out, by the reason.
 
     Raises:
         UserError: The archive is missing or broken, or has no photos of these classes.
@@ -110,14 +126,14 @@ def load_all_photos(archive, names):
                 counts["photos of classes that the model does not have left out"] += len(photos)
     if not labelled:
         raise UserError(f"{archive} has no folder with the name of a class of the model: {', '.join(names)}")
-    return make_split(labelled, boxes), dict(counts)
+    return make_photos(labelled, boxes), dict(counts)
 
 
-def make_split(labelled, boxes):
-    """`Split` of (label, photo) pairs."""
-    photos = [photo for _, photo in labelled]
-    found = [boxes.get(photo.name) for photo in photos]
-    return Split(photos, np.array([label for label, _ in labelled]), found if boxes else None)
+def make_photos(labelled, boxes):
+    """`Photos` of (label, file) pairs; `boxes` by the name of the file."""
+    files = [file for _, file in labelled]
+    labels = np.array([label for label, _ in labelled])
+    return Photos(files, labels, [boxes.get(file.name) for file in files] if boxes else None)
 
 
 def find_photos(archive, chosen=None):
@@ -132,7 +148,7 @@ def find_photos(archive, chosen=None):
     files, folders = list_files(archive)
     counts, tables, photos = Counter(), [], []
     for file in sorted(files):
-        if file.name.split("/")[-1] == BOXES:
+        if file.name.split("/")[-1] == BOXES_CSV:
             tables.append(file)
         elif 0 < file.size <= MAX_FILE and file.name.lower().endswith(SUFFIXES) and not HIDDEN.search(file.name):
             photos.append(file)
@@ -197,7 +213,7 @@ def check(archive, sets, counts):
     """Decodes each photo. What is not readable or very long is taken out and counted, the others get their sizes."""
     photos = [photo for classes in sets.values() for found in classes.values() for photo in found]
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock while it decodes
-        checked = pool.map(measure, photos)
+        checked = pool.map(measure_size, photos)
         checked = list(tqdm(checked, f"checking {archive}", len(photos), unit=" photos", disable=None))
     measured = {photo: found for photo, found in zip(photos, checked, strict=True) if found}
     usable = {
@@ -216,7 +232,7 @@ def check(archive, sets, counts):
         counts[f"photos longer than {MAX_ASPECT_RATIO}:1 left out"] = len(measured) - len(usable)
 
 
-def measure(photo):
+def measure_size(photo):
     """The photo with its size, or None if it is not readable."""
     try:
         image = open_image(photo)

@@ -1,181 +1,172 @@
-"""The pictures of a run."""
+"""The figures that sum up a run."""
 
-from concurrent.futures import ThreadPoolExecutor
-
-import keras
-import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
 
 from cam import bounding_box, normalize, overlay, upsample
-from experiment.files import atomic_write
-from experiment.grid import SIDE, beside, draw_box, enlarge, fit, on_one_scale, save_grid, save_picture, to_image
+from experiment.files import UserError, atomic_write
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
-from experiment.schedule import spread
-from experiment.units import get_softmax_weights, largest_terms, receptive_field, unit_model
+from experiment.pictures import PICTURE_SIDE, beside, draw_box, fit, on_one_scale, save_grid, to_image
+from experiment.units import get_softmax_weights, largest_terms, unit_model
 
+FIGURES = ("overview.png", "patterns.png", "units.png", "confusion.png")
 STRIP_LENGTH = 6  # maps in a strip
 MAX_CLASSES = 10  # in classes.png, patterns.png and units.png
 EXAMPLES = 8  # images of each class in patterns.png, and of each unit in units.png
 CANDIDATES = 50  # test images of each class, the first, from which these are chosen
 UNITS = 3  # of each class in units.png
-BATCH = 25  # images in a forward pass
+FIGURE_BATCH = 25  # images in a forward pass whose feature maps are kept
 
 
-def save_images(out, images):
-    """Writes `img_S/image_test.png` of each of the test images (S, H, W, 1 or 3)."""
-    for index, image in enumerate(images):
-        (out / f"img_{index}").mkdir(parents=True, exist_ok=True)
-        save_picture(enlarge(image), out / f"img_{index}" / "image_test.png")
-
-
-def save_heatmaps(out, step, images, heatmaps):
-    """Writes `img_S/cmap_STEP.png`: the heatmaps (S, H, W), 0..1, over the images (S, H, W, 1 or 3)."""
-
-    def save(index):
-        picture = enlarge(overlay(images[index], heatmaps[index]))
-        save_picture(picture, out / f"img_{index}" / f"cmap_{step}.png")
-
-    with ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
-        list(pool.map(save, range(len(images))))
-
-
-def save_figures(out, cam_model, test, class_names, history):
+def save_figures(out, model, test, class_names, history, receptive_field=None):
     """Writes the figures that sum up a run.
+
+    Args:
+        out: Folder of the run.
+        model: The trained network, with the layers "feature_maps" and "softmax_weights".
+        test: The test images, as a `Split`. The first of them are the samples, of which heatmaps were drawn.
+        class_names: Names of the C classes.
+        history: `RunFolder.history`.
+        receptive_field: That of the feature maps, as in `lenet.RECEPTIVE_FIELD`; None if it covers most of an image.
+    """
+    model = unit_model(model)
+    save_samples(out, model, test, class_names, history)
+    save_classes(out, model, test, class_names, receptive_field)
+
+
+def save_samples(out, model, test, class_names, history):
+    """Writes the figures of each sample, and one of all classes; `model` is a `unit_model`.
 
     img_S/evolution.png    some maps of test image S in one strip, with step and predicted class
     img_S/classes.png      its maps of all classes (of many, the top ten) on one scale about zero, with logits S_c
     img_S/procedure.png    equation (2): the five largest terms w_k^c f_k, the rest, and their sum M_c
     overview.png           for each class one image, and its maps through the training
-    patterns.png           for each class (of many, the first ten that have test images) the images with the highest
-                           S_c, with map and box
-    units.png              for each of these classes the units with the largest w_k^c, and what they respond to
-    accuracy.png           accuracy and localization on test images against training images seen
-
-    Args:
-        out: Folder of the run.
-        cam_model: Model made by `class_activation_model` from the trained model.
-        test: The test images, as a `Split`. The first of them are the samples, of which heatmaps were drawn.
-        class_names: Names of the C classes.
-        history: `RunFolder.history`.
     """
-    save_accuracy(out / "accuracy.png", history)
-    rows = [history[position] for position in spread(len(history), STRIP_LENGTH)]
+    softmax_weights = get_softmax_weights(model)
+    rows = [history[index] for index in geometric_indices(len(history), STRIP_LENGTH)]
     samples = test.first(len(history[-1]["predicted"]))
-    first_of_class = np.unique(samples.labels, return_index=True)[1]
-    strips = [strip(out, index, samples.labels[index], rows, class_names) for index in first_of_class]
-    save_grid(out / "overview.png", strips, SIDE // 2)
-    model, softmax_weights = unit_model(cam_model), get_softmax_weights(cam_model)
-
-    def save_sample(index, feature_maps, pooled, logits, maps):
+    overview = {}  # a strip of each class
+    for index, (feature_maps, pooled, logits, maps) in enumerate(predict_in_batches(model, samples.images)):
         folder, image, label = out / f"img_{index}", samples.images[index], samples.labels[index]
-        save_grid(folder / "evolution.png", [strip(out, index, label, rows, class_names)])
         title = f"test image {index}: {class_names[label]}"
-        shown = top_classes(logits)
-        predicted = logits.argmax()
-        titles = [f"{class_names[c]}: S = {logits[c]:z.1f}" + (", predicted" if c == predicted else "") for c in shown]
-        colors = ["black" if c != predicted else "seagreen" if c == label else "firebrick" for c in shown]
-        titles = [(title, "black"), *zip(titles, colors, strict=True)]
+        pictures = strip(folder, index, label, rows, class_names)
+        save_grid(folder / "evolution.png", [pictures])
+        if label not in overview:
+            overview[label] = [(fit(picture, PICTURE_SIDE // 2), text, color) for picture, text, color in pictures]
+        shown, predicted = top_classes(logits), logits.argmax()
+        titles = [(title, "black")]
+        for c in shown:
+            text, color = f"{class_names[c]}: S = {logits[c]:z.1f}", "black"
+            if c == predicted:
+                text, color = f"{text}, predicted", "seagreen" if c == label else "firebrick"
+            titles.append((text, color))
         save_class_maps(folder / "classes.png", image, maps[:, :, shown], titles)
         terms = largest_terms(feature_maps, pooled, softmax_weights[:, label])
         save_procedure(folder / "procedure.png", image, title, class_names[label], terms)
+    save_grid(out / "overview.png", [overview[label] for label in sorted(overview)])
 
-    with ThreadPoolExecutor() as pool:
-        for batch in batches(len(samples.images)):
-            outputs = model.predict_on_batch(samples.images[batch])
-            list(pool.map(save_sample, range(batch.start, batch.stop), *outputs))
 
-    # Some test images of each class, to choose from
+def save_classes(out, model, test, class_names, receptive_field):
+    """Writes the figures of each class (of many, the first ten that have test images); `model` is a `unit_model`.
+
+    patterns.png    the images with the highest S_c, with map and box
+    units.png       the units with the largest w_k^c, and what they respond to
+    """
+    softmax_weights = get_softmax_weights(model)
     classes = np.unique(test.labels)[:MAX_CLASSES]
     candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in classes])
-    candidates = test._replace(images=test.images[candidates], labels=test.labels[candidates], boxes=None)
+    images, labels = test.images[candidates], test.labels[candidates]
     units = np.argsort(-softmax_weights[:, classes], axis=0, kind="stable")[:UNITS].T  # k (len(classes), UNITS)
     logits, maps, responses = [], [], []  # S_c (N, C); M_c (N, h, w) of the true classes; f_k (N, h, w, units)
-    for batch in batches(len(candidates.labels)):
-        feature_maps, _, batch_logits, class_maps = model.predict_on_batch(candidates.images[batch])
-        logits.extend(batch_logits)
-        for index, label in enumerate(candidates.labels[batch]):
-            maps.append(class_maps[index, :, :, label])
-            responses.append(feature_maps[index][:, :, units.ravel()])
-    save_patterns(out / "patterns.png", candidates, np.array(logits), maps, class_names)
-    pairs = [(c, k) for c, of_class in zip(classes, units, strict=True) for k in of_class]
-    titles = [f"{class_names[c]}: unit {k}, w = {softmax_weights[k, c]:z.2f}" for c, k in pairs]
-    field = receptive_field(keras.Model(model.input, model.outputs[0]), *test.images.shape[1:3])
-    save_units(out / "units.png", candidates.images, np.array(responses), titles, field)
+    for label, outputs in zip(labels, predict_in_batches(model, images), strict=True):
+        feature_maps, _, image_logits, class_maps = outputs
+        logits.append(image_logits)
+        maps.append(class_maps[:, :, label].copy())
+        responses.append(feature_maps[:, :, units.ravel()])
+    save_patterns(out / "patterns.png", (images, labels), np.array(logits), maps, class_names)
+    titles = [
+        f"{class_names[c]}: unit {k}, w = {softmax_weights[k, c]:z.2f}"
+        for c, of_class in zip(classes, units, strict=True)
+        for k in of_class
+    ]
+    save_units(out / "units.png", images, np.array(responses), titles, receptive_field)
 
 
-def batches(count):
-    """Slices of at most BATCH indices each, which cover 0..count-1."""
-    return [slice(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+def predict_in_batches(model, images):
+    """Yields the outputs of a model for each image."""
+    for start in range(0, len(images), FIGURE_BATCH):
+        yield from zip(*model.predict_on_batch(images[start : start + FIGURE_BATCH]), strict=True)
+
+
+def geometric_indices(count, chosen):
+    """About `chosen` geometrically spaced indices from 0 to count - 1."""
+    return np.unique(np.geomspace(1, count, chosen).round().astype(int)) - 1
 
 
 def top_classes(logits):
-    """The classes to show, 0..C-1: all in their order, or of many those with the highest logits (C,)."""
+    """All class indices, or the MAX_CLASSES with the highest logits (C,)."""
     return np.arange(len(logits)) if len(logits) <= MAX_CLASSES else np.argsort(-logits)[:MAX_CLASSES]
 
 
-def strip(out, index, label, rows, class_names):
-    """Pictures of test image `index`, for `save_grid`: itself, and its maps in some rows of the history."""
-    folder = out / f"img_{index}"
-    pictures = [(Image.open(folder / "image_test.png"), f"test image {index}: {class_names[label]}", "black")]
+def strip(folder, index, label, rows, class_names):
+    """Pictures of test image `index`, for `save_grid`: itself, and its heatmaps in some rows of the history.
+
+    A run that was resumed has only the files of the earlier heatmaps; one that is missing is left out.
+    """
+    pictures = [(read(folder / "image_test.png"), f"test image {index}: {class_names[label]}", "black")]
     for row in rows:
-        predicted = row["predicted"][index]
-        color = "black" if predicted == label else "firebrick"
-        picture = Image.open(folder / f"cmap_{row['step']}.png")
-        pictures.append((picture, f"step {row['step']:,}: {class_names[predicted]}", color))
+        predicted, path = row["predicted"][index], folder / f"cmap_{row['step']}.png"
+        if path.exists():
+            color = "black" if predicted == label else "firebrick"
+            pictures.append((read(path), f"step {row['step']:,}: {class_names[predicted]}", color))
     return pictures
 
 
-def save_class_maps(path, image, maps, titles, boxes=()):
-    """Writes an image, and over it its maps for several classes, all on one scale.
+def read(path):
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is damaged; delete it") from None
 
-    Args:
-        path: File to write.
-        image: (H, W, 1 or 3) uint8.
-        maps: (h, w, n).
-        titles: n + 1 pairs of title and color, the first for the image.
-        boxes: A box of each map, in pixels of the image, or None.
+
+def save_class_maps(path, image, maps, titles, boxes=()):
+    """Writes an image (H, W, 1 or 3), and over it its maps (h, w, n) for several classes, all on one scale.
+
+    `titles` are n + 1 pairs of title and color, the first for the image; `boxes` a box of each map, in pixels of the
+    image, or None.
     """
-    pictures = on_one_scale(image, maps, min(max(*image.shape[:2], SIDE // 2), SIDE), boxes)
+    pictures = on_one_scale(image, maps, min(max(*image.shape[:2], PICTURE_SIDE // 2), PICTURE_SIDE), boxes)
     row = [(one, title, color) for one, (title, color) in zip(pictures, [*titles, ("scale", "black")], strict=True)]
     save_grid(path, [row[start : start + 6] for start in range(0, len(row), 6)])
 
 
 def save_procedure(path, image, title, class_name, terms):
-    """Writes an image, and over it the terms of equation (2) and their sum, the class activation map, on one scale.
-
-    Args:
-        path: File to write.
-        image: (H, W, 1 or 3) uint8.
-        title: Title of the image.
-        class_name: Name of the class.
-        terms: `Terms` of the class.
-    """
-    named = zip(terms.units, terms.weights, terms.parts, strict=False)  # the last part is that of all others
-    titles = [title, *(f"{weight:+z.2f} f{unit}: S {part:+z.2f}" for unit, weight, part in named)]
-    titles += [f"all others: S {terms.parts[-1]:+z.2f}", f"= map of {class_name}: S = {terms.parts.sum():z.2f}"]
+    """Writes an image, and over it the terms of equation (2) and their sum, the class activation map, on one scale."""
+    named = zip(terms.units, terms.weights, terms.contributions, strict=False)  # but that of all others
+    titles = [title, *(f"{weight:+z.2f} f{unit}: S {share:+z.2f}" for unit, weight, share in named)]
+    titles.append(f"all others: S {terms.contributions[-1]:+z.2f}")
+    titles.append(f"= map of {class_name}: S = {terms.contributions.sum():z.2f}")
     maps = np.dstack([terms.maps, terms.maps.sum(axis=2)])
     save_class_maps(path, image, maps, [(text, "black") for text in titles])
 
 
 def save_patterns(path, candidates, logits, maps, class_names):
-    """Writes a row for each class: its images with the highest scores, with map and box.
+    """Writes a row for each class: its images with the highest logits, with map and box.
 
-    Args:
-        path: File to write.
-        candidates: `Split` of N images.
-        logits: S_c, (N, C).
-        maps: M_c of the true classes, (N, h, w).
-        class_names: Names of the C classes.
+    `candidates` are images (N, H, W, 1 or 3) and labels (N,); `logits` S_c (N, C); `maps` M_c of the true classes
+    (N, h, w).
     """
-    rows, predicted = [], logits.argmax(axis=1)
-    for label in np.unique(candidates.labels):
-        of_class = np.flatnonzero(candidates.labels == label)
+    (images, labels), rows, predicted = candidates, [], logits.argmax(axis=1)
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels == label)
         rows.append([])
         for index in of_class[np.argsort(-logits[of_class, label], kind="stable")][:EXAMPLES]:
-            image = candidates.images[index]
+            image = images[index]
             class_map = upsample(maps[index][None], *image.shape[:2])[0]
-            picture = fit(to_image(overlay(image, normalize(class_map))), SIDE // 2)
+            picture = fit(to_image(overlay(image, normalize(class_map))), PICTURE_SIDE // 2)
             draw_box(picture, bounding_box(class_map), image.shape[1])
             title, color = f"{class_names[label]}: S = {logits[index, label]:z.1f}", "black"
             if predicted[index] != label:
@@ -184,33 +175,26 @@ def save_patterns(path, candidates, logits, maps, class_names):
     save_grid(path, rows)
 
 
-def save_units(path, images, responses, titles, field):
-    """Writes for each unit the images that it responds to most, at the place where it does; three units in a row.
+def save_units(path, images, responses, titles, receptive_field):
+    """Writes for each unit the images that it responds to most, cropped to its receptive field; three units in a row.
 
-    Args:
-        path: File to write.
-        images: (N, H, W, 1 or 3) uint8.
-        responses: f_k of n units, (N, h, w, n).
-        titles: Titles of the units, (n,).
-        field: The receptive field, as `receptive_field` returns it. If it covers more than half of an image, the whole
-            image is shown, with f_k over it.
+    `images` are (N, H, W, 1 or 3), `responses` f_k of n units (N, h, w, n). Without a receptive field, the images are
+    shown whole, with f_k over them.
     """
-    height, width = images.shape[1:3]
-    (top, down, rows), (left, right, columns) = field
     cells = []
     for unit, title in enumerate(titles):
         strongest = responses[..., unit].max(axis=(1, 2))
         pictures = []
         for index in np.argsort(-strongest, kind="stable")[:EXAMPLES]:
             f = responses[index, :, :, unit]
-            if 2 * rows * columns > height * width:
-                picture = overlay(images[index], normalize(upsample(f[None], height, width)[0]))
+            if receptive_field:
+                start, stride, length = (receptive_field[name] for name in ("start", "stride", "length"))
+                padded = np.pad(images[index], [(length, length), (length, length), (0, 0)])  # black beyond the border
+                y, x = length + start + stride * np.array(np.unravel_index(f.argmax(), f.shape))
+                picture = padded[y : y + length, x : x + length]
             else:
-                y, x = np.unravel_index(f.argmax(), f.shape)
-                padded = np.pad(images[index], [(rows, rows), (columns, columns), (0, 0)])  # black beyond the border
-                y, x = rows + top + down * y, columns + left + right * x
-                picture = padded[y : y + rows, x : x + columns]
-            pictures.append(fit(to_image(picture), SIDE // 4))
+                picture = overlay(images[index], normalize(upsample(f[None], *images.shape[1:3])[0]))
+            pictures.append(fit(to_image(picture), PICTURE_SIDE // 4))
         cells.append((beside(pictures), title, "black"))
     save_grid(path, [cells[start : start + UNITS] for start in range(0, len(cells), UNITS)])
 
@@ -218,7 +202,8 @@ def save_units(path, images, responses, titles, field):
 def save_accuracy(path, history):
     """Plots accuracy and localization on test images against training images seen."""
     *earlier, last = history
-    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
     for name in SHOWN_METRICS:
         column, title = f"test_{name}", METRIC_TITLES[name]
         if column not in last:
@@ -237,16 +222,12 @@ def save_accuracy(path, history):
     axes.legend(loc="lower right")
     with atomic_write(path) as part:
         figure.savefig(part)
-    plt.close(figure)
 
 
 def report_classes(out, labels, predicted, class_names):
     """Prints the accuracy of each class, and writes `out/confusion.png`, the confusion matrix.
 
-    Args:
-        out: Folder, which is made if it is missing.
-        labels, predicted: True and predicted classes of N images, (N,), 0..C-1.
-        class_names: Names of the C classes.
+    `labels` and `predicted` are the true and the predicted classes of N images, (N,), 0..C-1.
     """
     confusion = np.zeros((len(class_names), len(class_names)), int)
     np.add.at(confusion, (labels, predicted), 1)
@@ -256,7 +237,8 @@ def report_classes(out, labels, predicted, class_names):
             print(f"    {name:<{widest}}  {correct:,} of {count:,} ({correct / count:.1%})")
     shown = np.flatnonzero(counts)  # classes that have images
     width, height = (min(2.5 + 0.35 * count, 20) for count in (len(class_names), len(shown)))  # inches
-    figure, axes = plt.subplots(figsize=(width, height), dpi=100, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    axes = figure.subplots()
     axes.imshow(confusion[shown] / counts[shown, None], "Blues", vmin=0, vmax=1, aspect="auto")
     axes.set(xlabel="predicted", ylabel="true", title="images of each class")
     if len(class_names) <= 60:
@@ -269,5 +251,4 @@ def report_classes(out, labels, predicted, class_names):
     out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / "confusion.png") as part:
         figure.savefig(part)
-    plt.close(figure)
     print(f"confusion matrix: {out / 'confusion.png'}")

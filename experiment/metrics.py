@@ -39,75 +39,56 @@ SHOWN_METRICS = ("accuracy", "gt_known")  # in progress, curve and page
 IOU_THRESHOLD = 0.5  # a box is correct at this IoU or more
 BOX_THRESHOLDS = np.arange(100) / 100  # of MaxBoxAcc
 PIXEL_BINS = 1000  # of PxAP
-CHUNK = 50  # maps upsampled at a time
+EVALUATION_BATCH = 50  # images in a forward pass
 
 
-def predict_class_maps(cam_model, images, classes, batch_size=50):
-    """Logits of images, and the class activation map of one class for each of them.
-
-    Args:
-        cam_model: Model made by `cam.class_activation_model`.
-        images: (N, h, w, channels), as the model takes them.
-        classes: One class per image, (N,), 0..C-1.
-        batch_size: Images per forward pass.
-
-    Returns:
-        S_c (N, C) and M_c of the given classes (N, H, W), float32.
-    """
-    classes, logits, maps = np.asarray(classes), [], []
-    hidden = len(images) < 8 * batch_size or None  # of the progress bar; None: shown on a terminal only
-    for start in tqdm(range(0, len(images), batch_size), "predicting", leave=False, disable=hidden):
-        batch = slice(start, start + batch_size)
-        batch_logits, batch_maps = cam_model.predict_on_batch(images[batch])
-        logits.append(batch_logits)
-        maps.append(batch_maps[np.arange(len(batch_maps)), :, :, classes[batch]])
-    return np.concatenate(logits), np.concatenate(maps)
-
-
-def evaluate(logits, maps, tested, all_metrics=False):
-    """Accuracy of a classifier, and localization by its maps of the true classes.
+def evaluate(cam_model, tested, all_metrics=False):
+    """Measures a classifier, and its class activation maps of the true classes, on test images.
 
     Args:
-        logits: S_c of the tested images, (N, C).
-        maps: M_c of the true classes, (N, h, w), as `predict_class_maps` returns them.
+        cam_model: Model from images to [S_c (N, C), M_c (N, h, w, C)].
         tested: The `Split` of images (N, H, W, channels), labels (N,) and boxes. Without boxes only the accuracy is
             measured.
         all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.
 
     Returns:
-        Metrics by name, each in 0..1.
+        Metrics by name, each in 0..1; the predicted classes (N,).
 
     Raises:
         UserError: A logit is infinite or NaN.
     """
+    logits, measured, (height, width) = [], [], tested.images.shape[1:3]
+    hidden = len(tested.labels) < 8 * EVALUATION_BATCH or None  # of the progress bar; None: shown on a terminal only
+    for start in tqdm(range(0, len(tested.labels), EVALUATION_BATCH), "evaluating", leave=False, disable=hidden):
+        batch = slice(start, start + EVALUATION_BATCH)
+        labels = tested.labels[batch]
+        batch_logits, class_maps = cam_model.predict_on_batch(tested.images[batch])
+        check_finite(batch_logits)
+        logits.append(batch_logits)
+        if tested.boxes is not None:
+            maps = upsample(class_maps[np.arange(len(labels)), :, :, labels], height, width)  # (B, H, W)
+            for class_map, box in zip(maps, tested.boxes[batch], strict=True):
+                measured.append(measure_map(class_map, box, all_metrics))
+    logits = np.concatenate(logits)  # (N, C)
+    metrics = {"accuracy": accuracy(logits, tested.labels)}
+    if measured:
+        metrics |= summarize(measured, ranks(logits, tested.labels))
+    return metrics, logits.argmax(axis=1)
+
+
+def check_finite(logits):
     if not np.isfinite(logits).all():
         raise UserError("the logits are infinite or NaN; train again, with --fresh and a smaller --learning-rate")
-    metrics = {"accuracy": float((logits.argmax(axis=1) == tested.labels).mean())}
-    if tested.boxes is not None:
-        chunks = (maps[start : start + CHUNK] for start in range(0, len(maps), CHUNK))
-        class_maps = (one for chunk in chunks for one in upsample(chunk, *tested.images.shape[1:3]))
-        metrics |= localize(zip(logits, tested.labels, class_maps, tested.boxes, strict=True), len(maps), all_metrics)
-    return metrics
 
 
-def localize(predictions, count, all_metrics=False):
-    """Metrics of localization.
+def accuracy(logits, labels):
+    """Share of images whose true class has the highest logit, of (N, C) and (N,)."""
+    return float((logits.argmax(axis=1) == labels).mean())
 
-    Args:
-        predictions: Of each image its logits S_c (C,), its label, M_c of its true class, upsampled to the image (H, W),
-            and its true boxes, (4,) or (n, 4).
-        count: Number of images.
-        all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.
 
-    Returns:
-        Metrics by name, each in 0..1.
-    """
-    measured, ranks = [], []
-    hidden = None if all_metrics else True  # None: the progress bar is shown on a terminal only
-    for logits, label, class_map, boxes in tqdm(predictions, "measuring", count, leave=False, disable=hidden):
-        ranks.append((logits > logits[label]).sum())  # number of classes with a higher score
-        measured.append(measure(class_map, boxes, all_metrics))
-    return summarize(measured, np.array(ranks))
+def ranks(logits, labels):
+    """Number of classes with a higher logit than the true class, for each image: (N,) of (N, C) and (N,)."""
+    return (logits > logits[np.arange(len(labels)), labels, None]).sum(axis=1)
 
 
 def format_metrics(metrics, count):
@@ -118,7 +99,7 @@ def format_metrics(metrics, count):
     return "\n".join([f"on all {count:,} test images", *lines])
 
 
-def measure(class_map, boxes, all_metrics=False):
+def measure_map(class_map, boxes, all_metrics=False):
     """Measures a map (H, W), upsampled to the size of the image, against the true boxes, (4,) or (n, 4).
 
     Returns:
@@ -150,8 +131,8 @@ def summarize(measured, ranks):
     """Metrics of N images.
 
     Args:
-        measured: What `measure` returns for each image.
-        ranks: Rank of each image's true class by its score, (N,): 0 for the predicted class.
+        measured: What `measure_map` returns for each image.
+        ranks: Rank of the true class of each image by its logit, (N,): 0 for the predicted class.
     """
     measured = {name: np.array([image[name] for image in measured]) for name in measured[0]}  # name -> (N, ...)
     localized = measured["iou"] >= IOU_THRESHOLD

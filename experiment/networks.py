@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from alexnet import weight_shapes
-from cam import class_activation_model
+from experiment.exact_maps import exact_cam_model
 from experiment.files import UserError, atomic_write
 from lenet import lenet
 
@@ -21,9 +21,9 @@ KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 # What Keras says of a file that it does not load, and what to tell the user.
 REASONS = {
     r"No model config": "holds weights without their network; load them into it, and save the model as .keras",
-    r"Lambda": "has a Lambda layer, and code in a file is not run; in Python, give the model to show.predict_cams",
+    r"Lambda": "has a Lambda layer, and code in a file is not run; in Python, give the model to predict_cams",
     r"(?:locate (?:class|function)|Unknown (?:layer|object):?) '(.*?)'": (
-        r"needs \1, which is not a part of Keras; in Python, give the model to show.predict_cams"
+        r"needs \1, which is not a part of Keras; in Python, give the model to predict_cams"
     ),
 }
 
@@ -75,25 +75,21 @@ def load_tf1_checkpoint(checkpoint):
 
 
 def to_cam_model(model, output=None):
-    """`cam.class_activation_model`, with a UserError for a model without exact maps."""
+    """`exact_cam_model`, with a UserError for a model without exact maps."""
     try:
-        return class_activation_model(model, output)
+        return exact_cam_model(model, output)
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
 
 
-def check_evaluated(path, cam_model, shape, classes, short_side=None):
-    """Checks that the data of an experiment suits the model saved at `path`.
+def check_model_fits_data(path, cam_model, shape, classes, short_side=None):
+    """Raises a UserError if the model saved at `path` takes other images, or has another number of classes.
 
     Args:
-        path: Path of the model.
-        cam_model: Its model made by `class_activation_model`.
+        path, cam_model: Path of the model, and what `to_cam_model` makes of it.
         shape: (H, W, channels) of the images; H and W are None if their size varies.
         classes: Number of classes.
         short_side: Pixels to which the short side of the images is scaled, if it is.
-
-    Raises:
-        UserError: The model takes other images or has another number of classes.
     """
     found = cam_model.input_shape if len(cam_model.inputs) == 1 else ()
     fits = len(found) == 4 and all(size in (None, wanted) for size, wanted in zip(found[1:], shape, strict=True))
@@ -101,11 +97,12 @@ def check_evaluated(path, cam_model, shape, classes, short_side=None):
         size = "any size" if shape[0] is None else f"{shape[1]} x {shape[0]} pixels"
         raise UserError(f"{path} must take images of {size} and {shape[2]} channel(s), and have {classes} classes")
     expected = {"pixel_range": [0, 255]} | ({"short_side": short_side} if short_side else {})
-    found = expected | load_images_settings(path)
+    found = expected | load_preprocessing(path)
     found["pixel_range"] = list(found["pixel_range"])
     found.pop("digit", None)  # either way, the digits of an experiment are given as they are
     if found != expected:
-        raise UserError(f"{images_file(path)} is not {json.dumps(expected)}, which is how --evaluate prepares images")
+        file = preprocessing_file(path)
+        raise UserError(f"{file} is not {json.dumps(expected)}, which is how --evaluate prepares images")
 
 
 def load_torchvision_convolutions(path):
@@ -126,12 +123,12 @@ def load_torchvision_convolutions(path):
     return weights
 
 
-def save_network(model, class_names, images, path):
+def save_network(model, class_names, preprocessing, path):
     """Saves a model, and beside it the names of its classes, a line each, and how it wants its images."""
     with atomic_write(class_names_file(path)) as part:
         part.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-    with atomic_write(images_file(path)) as part:
-        part.write_text(json.dumps(images), encoding="utf-8")
+    with atomic_write(preprocessing_file(path)) as part:
+        part.write_text(json.dumps(preprocessing), encoding="utf-8")
     with atomic_write(path) as part:
         model.save(part)
 
@@ -144,37 +141,37 @@ def load_class_names(path):
     return file.read_text(encoding="utf-8-sig", errors="replace").rstrip("\n").split("\n")
 
 
-def load_images_settings(path):
+def load_preprocessing(path):
     """How the model saved at `path` wants its images; {} if no file beside it says so.
 
     digit          true: a digit, light on black, 20 pixels high, see `digits.preprocess_digit`
     short_side     pixels to which the short side of an image is scaled
     pixel_range    what black and white are to the model; by default 0 and 255
     """
-    file = images_file(Path(path))
+    file = preprocessing_file(Path(path))
     if Path(path).suffix.lower() not in KERAS_SUFFIXES:  # a checkpoint of the original
         return {"digit": True, "pixel_range": (0, 255)}
     if not file.exists():
         return {}
     try:
-        settings = json.loads(file.read_text(encoding="utf-8-sig"))
-        low, high = map(float, settings.get("pixel_range", (0, 255)))
-        known = settings.keys() <= {"digit", "short_side", "pixel_range"} and low < high
-        known = known and isinstance(settings.get("digit", True), bool)
-        if not known or not 1 <= settings.get("short_side", 1) <= 10_000:
-            raise ValueError(settings)
+        preprocessing = json.loads(file.read_text(encoding="utf-8-sig"))
+        low, high = map(float, preprocessing.get("pixel_range", (0, 255)))
+        known = preprocessing.keys() <= {"digit", "short_side", "pixel_range"} and low < high
+        known = known and isinstance(preprocessing.get("digit", True), bool)
+        if not known or not 1 <= preprocessing.get("short_side", 1) <= 10_000:
+            raise ValueError(preprocessing)
     except (ValueError, TypeError, AttributeError):
         raise UserError(
             f'{file} must be like {{"digit": true}} or {{"short_side": 256, "pixel_range": [0, 1]}}'
         ) from None
-    return settings
+    return preprocessing
 
 
 def class_names_file(path):  # mine.keras -> mine_classes.txt
     return path.with_name(f"{path.stem}_classes.txt")
 
 
-def images_file(path):  # mine.keras -> mine_images.json
+def preprocessing_file(path):  # mine.keras -> mine_images.json
     return path.with_name(f"{path.stem}_images.json")
 
 

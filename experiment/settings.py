@@ -1,14 +1,23 @@
-"""The command lines of the experiments: a flag for each setting."""
+"""The command lines of the scripts: a flag for each setting of an experiment."""
 
 import argparse
-import platform
 import sys
 from pathlib import Path
 
-import keras
+from experiment.training import prefers_bfloat16
 
 
-def number(least, most=sys.maxsize, kind=int):
+class ArgumentParser(argparse.ArgumentParser):
+    """A command line that answers a mistake with one line, without the usage."""
+
+    def __init__(self, script, description):
+        super().__init__(script, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def bounded(least, most=sys.maxsize, kind=int):
     """A type for argparse: a number in least..most."""
 
     def convert(text):
@@ -27,25 +36,25 @@ FLAGS = {
     "recipe": (("default", "original"), "how to train"),
     "weights": (Path, "ImageNet weights of the convolutions, by torchvision's names, or none"),
     "out": (Path, "folder to write to"),
-    "steps": (number(1), "training steps"),
-    "epochs": (number(1), "passes through the training images, an alternative to --steps"),
-    "batch_size": (number(1), "training images per step"),
+    "steps": (bounded(1), "training steps"),
+    "epochs": (bounded(1), "passes through the training images, an alternative to --steps"),
+    "batch_size": (bounded(1), "training images per step"),
     "order": (("shuffled", "file"), "order of the training images"),
-    "learning_rate": (number(0, kind=float), "peak learning rate"),
-    "warmup": (number(0, 1, float), "share of the steps in which the learning rate rises"),
-    "beta_2": (number(0, 0.9999, float), "Adam beta_2"),
-    "weight_decay": (number(0, 1, float), "AdamW weight decay of the kernels"),
-    "pretrained_lr_scale": (number(0, 1, float), "learning rate of the ImageNet weights, times --learning-rate"),
-    "label_smoothing": (number(0, 0.9, float), "label smoothing of the loss"),
-    "location_dropout": (number(0, 0.9, float), "share of the feature map locations hidden in training"),
+    "learning_rate": (bounded(0, kind=float), "peak learning rate"),
+    "warmup": (bounded(0, 1, float), "share of the steps in which the learning rate rises"),
+    "beta_2": (bounded(0, 0.9999, float), "Adam beta_2"),
+    "weight_decay": (bounded(0, 1, float), "AdamW weight decay of the kernels"),
+    "pretrained_lr_scale": (bounded(0, 1, float), "learning rate of the ImageNet weights, times --learning-rate"),
+    "label_smoothing": (bounded(0, 0.9, float), "label smoothing of the loss"),
+    "location_dropout": (bounded(0, 0.9, float), "share of the feature map locations hidden in training"),
     "pooling": (("average", "max"), "global pooling"),
     "precision": (
         ("auto", "float32", "mixed_bfloat16"),
-        "of the convolutions; auto: bfloat16 where TensorFlow is faster with it",
+        "precision of the convolutions; auto: bfloat16 where TensorFlow is faster with it",
     ),
-    "every": (number(1), "steps between two heatmaps of an image"),
-    "samples": (number(1), "test images to draw heatmaps of"),
-    "seed": (number(0, 2**32 - 1), "random seed"),
+    "eval_every": (bounded(1), "steps between two evaluations, each with a heatmap of every sample"),
+    "samples": (bounded(1), "test images to draw heatmaps of"),
+    "seed": (bounded(0, 2**32 - 1), "random seed"),
 }
 
 
@@ -57,8 +66,7 @@ def make_parser(script, description, settings, recipes):
         settings: Default values of the settings that all recipes share, by name.
         recipes: For each recipe the default values of its other settings.
     """
-    parser = argparse.ArgumentParser(script, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{script}: {message}; see --help\n")  # one line, without the usage
+    parser = ArgumentParser(script, description)
     length = parser.add_mutually_exclusive_group()
     for name, (kind, text) in FLAGS.items():
         defaults = {recipe: values[name] for recipe, values in recipes.items() if name in values}
@@ -87,15 +95,3 @@ def fill_in_recipe(parser, settings, recipe, recipes):
             parser.error(f"--{name.replace('_', '-')} is not a setting of the {recipe} recipe")
     if settings.precision == "auto":
         settings.precision = "mixed_bfloat16" if prefers_bfloat16() else "float32"
-
-
-def prefers_bfloat16():
-    """Whether the device that trains is known to be faster with bfloat16. Among Intel's, only those with AMX are."""
-    if keras.backend.backend() != "tensorflow":
-        return False  # not measured
-    import tensorflow as tf
-
-    if gpus := tf.config.list_physical_devices("GPU"):
-        return tf.config.experimental.get_device_details(gpus[0]).get("compute_capability", (0, 0)) >= (8, 0)
-    cpu = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    return "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu)

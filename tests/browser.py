@@ -7,23 +7,22 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
-KEYS = {" ": ("Space", 32), "ArrowLeft": ("ArrowLeft", 37), "ArrowRight": ("ArrowRight", 39), "Escape": ("Escape", 27)}
-KEYS |= {"Enter": ("Enter", 13)}
+KEYS = {" ": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27, "Enter": 13, "Tab": 9}
+MODIFIERS = {None: 0, "Alt": 1, "Control": 2, "Meta": 4}
 
 
 def find_chromium():
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-class ScriptError(Exception):
-    """An expression failed, or the page was replaced meanwhile."""
-
-
 class Browser:
+    """Chromium with a page. It ends with `close`, and also when this process ends, since its pipe is closed then."""
+
     def __init__(self, profile):
         theirs, ours = zip(make_pipe(0), make_pipe(1), strict=True)
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
@@ -32,19 +31,25 @@ class Browser:
             ["bash", "-c", f'exec "$0" "$@" 3<&{theirs[0]} 4>&{theirs[1]}', find_chromium(), *options],
             pass_fds=theirs,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # a process group, to end all of its processes at once
         )
         for file in theirs:
             os.close(file)
         self.commands, self.answers = os.fdopen(ours[0], "wb"), ours[1]
         self.numbers, self.received, self.session = itertools.count(1), b"", {}
-        target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        self.resize(1200, 900)
+        try:
+            target = self.send("Target.createTarget", url="about:blank")["targetId"]
+            self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        except BaseException:
+            self.close()
+            raise
 
     def close(self):
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.commands.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.commands.close()
         os.close(self.answers)
 
     def send(self, method, **params):
@@ -63,38 +68,35 @@ class Browser:
             message = json.loads(message)
             if message.get("id") == number:  # the others are events
                 if "error" in message:
-                    raise ScriptError(message["error"])
+                    raise RuntimeError(message["error"])
                 return message["result"]
 
-    def open(self, path):
-        self.send("Page.navigate", url=Path(path).as_uri())
+    def open(self, address, width=1200, height=900):
+        """Opens a file or a URL, in a window of a size in pixels."""
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.send("Page.navigate", url=address.as_uri() if isinstance(address, Path) else address)
         self.wait_for("document.readyState === 'complete'")
 
     def evaluate(self, expression):
-        """The value of a JavaScript expression in the page; a promise is awaited."""
+        """The value of a JavaScript expression in the page; a promise is awaited. An exception is a RuntimeError."""
         result = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in result:
-            raise ScriptError(result["exceptionDetails"]["exception"]["description"])
+            raise RuntimeError(result["exceptionDetails"]["exception"]["description"])
         return result["result"].get("value")
 
     def wait_for(self, expression, seconds=30):
         """Waits until an expression is true, also while the page reloads."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            with contextlib.suppress(ScriptError):
+            with contextlib.suppress(RuntimeError):
                 if self.evaluate(expression):
                     return
             time.sleep(0.05)
         raise TimeoutError(f"{expression} is not true after {seconds} s")
 
-    def resize(self, width, height):
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-
-    def press(self, key, control=False):
-        code, number = KEYS[key]
-        options = {"key": key, "code": code, "windowsVirtualKeyCode": number, "modifiers": 2 * control}
-        if key in (" ", "Enter"):
-            options["text"] = key.replace("Enter", "\r")
+    def press(self, key, modifier=None):
+        options = {"key": key, "code": key.replace(" ", "Space"), "windowsVirtualKeyCode": KEYS[key]}
+        options |= {"modifiers": MODIFIERS[modifier], "text": {" ": " ", "Enter": "\r"}.get(key, "")}
         self.send("Input.dispatchKeyEvent", type="keyDown", **options)
         self.send("Input.dispatchKeyEvent", type="keyUp", **options)
 
@@ -107,17 +109,11 @@ class Browser:
                 self.send("Input.dispatchMouseEvent", type="mousePressed", x=x, y=y, button=button, clickCount=1)
         self.send("Input.dispatchMouseEvent", type="mouseReleased", x=x, y=y, button=button, clickCount=1)
 
-    def middle(self, selector):
-        """Where the middle of an element is on the screen, after scrolling it into view."""
-        box = "(e => { e.scrollIntoView({block: 'center'}); return e.getBoundingClientRect(); })"
-        x, y = self.evaluate(
-            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
-            f"({box}(document.querySelector({json.dumps(selector)})))"
-        )
-        return x, y
-
     def click(self, selector):
-        self.drag(self.middle(selector))
+        element = f"document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
+        box = self.evaluate(f"{element}.getBoundingClientRect().toJSON()")
+        self.drag((box["x"] + box["width"] / 2, box["y"] + box["height"] / 2))
 
     def screenshot(self, path):
         Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))

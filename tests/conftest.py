@@ -1,9 +1,11 @@
 import csv
 import io
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ settings.register_profile("short", deadline=None, suppress_health_check=list(Hea
 settings.register_profile("fuzz", settings.get_profile("short"), max_examples=10_000)
 settings.load_profile("short")
 
-SMALL = ["--batch-size", 8, "--every", 2, "--samples", 4]  # settings of mnist.py for `small_data`
+SMALL = ["--batch-size", 8, "--eval-every", 2, "--samples", 4]  # settings of mnist.py for `small_data`
 
 
 def pytest_addoption(parser):
@@ -83,17 +85,47 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
 
 
-def run(*arguments, **environment):
-    """Runs a script of the project as a user does."""
-    return subprocess.run(
+@contextmanager
+def start(*arguments, preexec_fn=lambda: None, **environment):
+    """Starts a script of the project as a user does; whatever happens, none of its processes survives the block."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by pytest, it would be ignored here, too
+        preexec_fn()
+
+    with subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {name: str(value) for name, value in environment.items()},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
-        check=False,
-    )
+        start_new_session=True,
+        preexec_fn=prepare,
+    ) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(*arguments, timeout=300, **options):
+    """Runs a script of the project to its end; returns a `subprocess.CompletedProcess`."""
+    with start(*arguments, **options) as process:
+        output, errors = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def call(script, *arguments):
+    """Runs the main function of a script module in this process, which is faster; returns as `run` does."""
+    code, output, errors = 0, io.StringIO(), io.StringIO()
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            script.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+    return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 def assert_one_line_error(process, *parts):

@@ -60,15 +60,16 @@ def test_another_tarball_is_extracted_again(tmp_path, random_images):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("1\t3\n2\n", r"labels.txt, line 2: '2' is not 2 numbers separated by tabs"),
-        ("1\t3\n3\t4\n", r"labels.txt, line 2: the index is 3; it must be 2"),
-        ("1\t3\n1\t4\n", r"labels.txt, line 2: the index is 1; it must be 2"),
-        ("1\t3\n2\tnine\n", r"labels.txt, line 2"),
-        ("1\t3\n2\t-1\n", r"labels.txt, line 2"),
-        ("1\t3\n2\t10\n", r"labels.txt, line 2: label 10 is not in 0\.\.9"),
-        ("1\t3\n2\t1_0\n", r"labels.txt, line 2"),
+        ("1\t3\n2\n", r"labels.txt must have 2 numbers a line, .* changed from 2 to 1 at row 2"),
+        ("1\n2\n", r"labels.txt must have 2 numbers a line, separated by tabs; it has 1"),
+        ("1\t3\n3\t4\n", r"labels.txt, line 2: the index is not the number of the line"),
+        ("1\t3\n1\t4\n", r"labels.txt, line 2: the index is not the number of the line"),
+        ("1\t3\n2\tnine\n", r"labels.txt must have 2 numbers a line.*'nine'"),
+        ("1\t3\n2\t-1\n", r"labels.txt, line 2: a number is negative"),
+        ("1\t3\n2\t10\n", r"labels.txt, line 2: the label is not in 0\.\.9"),
+        ("1\t3\n2\t1_0\n", r"labels.txt must have 2 numbers a line.*'1_0'"),
         ("", r"labels.txt has 0 lines"),
-        ("é\t3\n", r"labels.txt is not a text file of numbers"),
+        ("é\t3\n", r"labels.txt must have 2 numbers a line.*ascii"),
     ],
 )
 def test_wrong_labels(tmp_path, random_images, content, says):
@@ -79,7 +80,12 @@ def test_wrong_labels(tmp_path, random_images, content, says):
 
 
 @pytest.mark.parametrize(
-    ("box", "says"), [((5, 1, 5, 9), "line 3: .* is not a box"), ((0, 0, 31, 5), "line 3"), ((0, 0, 5, 21), "line 3")]
+    ("box", "says"),
+    [
+        ((5, 1, 5, 9), "line 3: this is not a box in 30 x 20 pixels"),
+        ((0, 0, 31, 5), "line 3"),
+        ((0, 0, 5, 21), "line 3"),
+    ],
 )
 def test_wrong_boxes(tmp_path, random_images, box, says):
     boxes = [*BOXES[:2], box, *BOXES[3:]]

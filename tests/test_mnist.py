@@ -7,19 +7,22 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, SMALL, assert_one_line_error, contents, rows, run, write_data
+from conftest import ROOT, SMALL, assert_one_line_error, call, contents, rows, run, write_data
 from PIL import Image
 
 import cam
+import mnist
 from data.dataset import load_dataset
-from experiment import settings
-from experiment.schedule import batch_indices, epoch_order, warmup_cosine
+from experiment import training
+from experiment.training import batch_indices, epoch_order, warmup_cosine
+
+FIVE_STEPS = ["--steps", 5, "--precision", "float32", *SMALL]
 
 
 @pytest.fixture(scope="module")
 def small_run(small_data):
     out = small_data / "out"
-    process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 5, *SMALL)
+    process = run("mnist.py", "--data", small_data, "--out", out, *FIVE_STEPS)
     assert process.returncode == 0, process.stderr
     return out, process
 
@@ -30,21 +33,13 @@ def pixels(path):
 
 def test_what_a_run_writes(small_run):
     out, _ = small_run
-    maps = [f"cmap_{step}.png" for step in (0, 2, 4, 5)]
+    maps = {f"cmap_{step}.png" for step in (0, 2, 4, 5)}
     for sample in range(4):
-        assert sorted(path.name for path in (out / f"img_{sample}").iterdir()) == sorted(
-            [*maps, "classes.png", "evolution.png", "image_test.png", "procedure.png"]
-        )
-    assert sorted(path.name for path in out.iterdir() if path.is_file()) == sorted(
-        [
-            *("accuracy.png", "checkpoint.npz", "checkpoint.previous.npz", "draw.html", "history.csv", "index.html"),
-            *("lenet.keras", "lenet_classes.txt", "lenet_images.json", "lock", "overview.png", "patterns.png"),
-            *("settings.json", "units.png"),
-        ]
-    )
-    assert sorted(path.name for path in out.glob("*/*.np[yz]")) == sorted(
-        f"{step}.{kind}" for step in (0, 2, 4, 5) for kind in ("npy", "npz")
-    )
+        found = {path.name for path in (out / f"img_{sample}").iterdir()}
+        assert found == {*maps, "classes.png", "evolution.png", "image_test.png", "procedure.png"}
+    wanted = {"accuracy.png", "draw.html", "history.csv", "index.html", "lenet.keras", "overview.png", "patterns.png"}
+    assert wanted | {"run.js", "units.png"} <= {path.name for path in out.iterdir()}
+    assert {path.stem for path in out.glob("weights/*.npz")} == {"0", "2", "4", "5"}
     history = rows(out / "history.csv")
     assert [row["step"] for row in history] == ["0", "2", "4", "5"]
     assert [row["images"] for row in history] == ["0", "16", "32", "40"]
@@ -69,26 +64,21 @@ def test_the_map_is_that_of_the_true_class(small_run, small_data):
     first, other, same = (pixels(out / f"img_{sample}" / "cmap_5.png") for sample in range(3))
     np.testing.assert_array_equal(first, same)
     assert np.abs(first.astype(int) - other).max() > 20
-    # And it is what the saved model gives, up to the precision of the training.
+    # And it is what the saved model gives.
     _, test = load_dataset(small_data)
     model = keras.models.load_model(out / "lenet.keras")
     _, maps = cam.class_activation_model(model).predict(test.images[:1], verbose=0)
     heatmap = cam.normalize(cam.upsample(maps[..., test.labels[0]], 40, 44))[0]
     difference = cam.overlay(test.images[0], heatmap).astype(int) - first[::9, ::9]
-    assert np.abs(difference).mean() < 5
+    assert np.abs(difference).max() <= 1
 
 
 def test_the_console_is_quiet(small_run):
     _, process = small_run
     assert process.stderr == ""
-    lines = process.stdout.splitlines()
-    assert len(lines) == 11
-    assert "21 training images, 9 test images" in lines[0]
-    assert "boxes.txt is missing" in lines[1]
-    assert "on all 9 test images" in lines[-4]
-    assert "accuracy" in lines[-3]
-    assert "s in all" in lines[-2]
-    assert "index.html" in lines[-1]
+    assert len(process.stdout.splitlines()) < 15
+    for text in ("21 training images, 9 test images", "boxes.txt is missing", "on all 9 test images", "s in all"):
+        assert text in process.stdout
 
 
 def test_the_saved_model_is_float32_and_has_the_accuracy_of_the_history(small_run, small_data):
@@ -98,19 +88,19 @@ def test_the_saved_model_is_float32_and_has_the_accuracy_of_the_history(small_ru
     assert model.count_params() == 52_736
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
     right = np.asarray(model(test.images)).argmax(axis=1) == test.labels
-    assert right.mean() == pytest.approx(float(rows(out / "history.csv")[-1]["test_accuracy"]), abs=0.12)  # one of nine
+    assert right.mean() == pytest.approx(float(rows(out / "history.csv")[-1]["test_accuracy"]))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_run, small_data, tmp_path):
-    arguments = ["mnist.py", "--data", small_data, "--steps", 5, *SMALL]
-    assert run(*arguments, "--out", tmp_path / "same").returncode == 0
-    assert run(*arguments, "--out", tmp_path / "other", "--seed", 1).returncode == 0
+    arguments = ["--data", small_data, *FIVE_STEPS]
+    assert call(mnist, *arguments, "--out", tmp_path / "same").returncode == 0
+    assert call(mnist, *arguments, "--out", tmp_path / "other", "--seed", 1).returncode == 0
     weights = [keras.models.load_model(out / "lenet.keras").get_weights() for out in (small_run[0], tmp_path / "same")]
     for one, other in zip(*weights, strict=True):
         np.testing.assert_array_equal(one, other)
-    names = [path.relative_to(small_run[0]) for path in small_run[0].rglob("*") if path.suffix in (".png", ".csv")]
-    assert len(names) == 37
-    for name in names:
+    compared = [path for path in small_run[0].rglob("*") if path.suffix in (".png", ".csv", ".js")]
+    assert len(compared) > 30
+    for name in [path.relative_to(small_run[0]) for path in compared]:
         assert (tmp_path / "same" / name).read_bytes() == (small_run[0] / name).read_bytes(), name
     for name in "history.csv", "img_0/cmap_0.png", "img_0/cmap_5.png":
         assert (tmp_path / "other" / name).read_bytes() != (small_run[0] / name).read_bytes(), name
@@ -118,47 +108,47 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_run, s
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_data):
     out, _ = small_run
-    before = contents(out)
-    process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 5, *SMALL)
-    assert process.returncode == 0
-    assert "finished; --fresh" in process.stdout
-    process = run("mnist.py", "--data", small_data, "--out", out, "--steps", 6, *SMALL)
-    assert_one_line_error(process, "--steps 5, not 6", "--fresh")
+    before, arguments = contents(out), ["--data", small_data, "--out", out, *FIVE_STEPS]
+    assert "finished; --fresh" in call(mnist, *arguments).stdout
+    assert_one_line_error(call(mnist, *arguments, "--steps", 6), "--steps 5, not 6", "--fresh")
     assert before == contents(out)
 
 
-def test_a_run_is_not_resumed_on_other_data(tmp_path):
-    """Other images with the same labels, other labels, other boxes, and more images than before."""
+def test_a_run_is_not_resumed_on_other_data_or_another_backend(tmp_path, monkeypatch):
+    """Other images, labels or boxes, and more images; a folder that was moved holds the same data."""
     images, labels = np.random.default_rng(0).integers(0, 256, (31, 20, 24), dtype=np.uint8), np.arange(31) % 10
-    boxes, data, out = np.array([[1, 2, 9, 9]] * 31), tmp_path / "data", tmp_path / "out"
+    boxes, out = np.array([[1, 2, 9, 9]] * 31), tmp_path / "out"
+    names = iter(range(9))
 
-    def start(*length):
-        return run("mnist.py", "--data", data, "--out", out, *(length or ["--epochs", 1]), *SMALL)
+    def start(images, labels, boxes, *flags):
+        data = write_data(tmp_path / str(next(names)), images, labels, boxes)
+        return call(mnist, "--data", data, "--out", out, "--epochs", 1, *SMALL, *flags)
 
-    write_data(data, images[:30], labels[:30], boxes[:30])
-    assert start().returncode == 0
+    first = images[:30], labels[:30], boxes[:30]
+    assert start(*first).returncode == 0
     before = contents(out)
-    write_data(data, images[:30], labels[:30], boxes[:30])  # the same again
-    assert "holds this run, finished" in start().stdout
+    assert "holds this run, finished" in start(*first).stdout
     for other in (
         (np.roll(images[:30], 1, axis=0), labels[:30], boxes[:30]),
         (images[:30], np.roll(labels[:30], 1), boxes[:30]),
         (images[:30], labels[:30], boxes[:30] + 1),
         (images, labels, boxes),
     ):
-        write_data(data, *other)
-        assert_one_line_error(start(), f"{data} has changed since {out} was begun", "--fresh")
-    write_data(data, images[:30], labels[:30], boxes[:30])
-    assert_one_line_error(start("--steps", 3), "--steps 2, not 3")
+        assert_one_line_error(start(*other), f"has changed since {out} was begun", "--fresh")
+    assert_one_line_error(start(*first, "--learning-rate", 0.5), "--learning-rate 0.03, not 0.5")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    monkeypatch.setattr(mnist, "set_seed", lambda seed: None)
+    assert_one_line_error(start(*first), "KERAS_BACKEND tensorflow, not torch")
     assert before == contents(out)
 
 
 def test_a_run_of_another_version_is_refused(small_data, tmp_path):
     (tmp_path / "settings.json").write_text('{"recipe": "default", "steps": "5", "rotation": "10.0"}')
-    process = run("mnist.py", "--data", small_data, "--out", tmp_path, "--steps", 5, *SMALL)
+    process = call(mnist, "--data", small_data, "--out", tmp_path, *FIVE_STEPS)
     assert_one_line_error(process, f"{tmp_path} holds a run of another script or version", "--fresh")
 
 
+@pytest.mark.slow
 def test_what_a_notebook_or_service_has_in_its_environment(small_data, tmp_path):
     arguments = ["mnist.py", "--data", small_data, "--steps", 1, *SMALL, "--out"]
     process = run(*arguments, tmp_path / "a", MPLBACKEND="module://matplotlib_inline.backend_inline")
@@ -181,10 +171,10 @@ def test_a_keras_backend_that_is_not_installed(script, backend):
 
 def test_fresh_starts_over(small_data, tmp_path):
     out = tmp_path / "out"
-    arguments = ["mnist.py", "--data", small_data, "--out", out, *SMALL]
-    assert run(*arguments, "--steps", 2).returncode == 0
+    arguments = ["--data", small_data, "--out", out, *SMALL]
+    assert call(mnist, *arguments, "--steps", 2).returncode == 0
     (out / "notes.txt").write_text("mine")
-    process = run(*arguments, "--steps", 1, "--recipe", "original", "--fresh")
+    process = call(mnist, *arguments, "--steps", 1, "--recipe", "original", "--fresh")
     assert process.returncode == 0, process.stderr
     assert [row["step"] for row in rows(out / "history.csv")] == ["0", "1"]
     assert not (out / "img_0" / "cmap_2.png").exists()
@@ -210,7 +200,7 @@ def test_fresh_starts_over(small_data, tmp_path):
     ],
 )
 def test_bad_settings(small_data, tmp_path, arguments, parts):
-    process = run("mnist.py", "--data", small_data, "--out", tmp_path / "out", *SMALL, *arguments)
+    process = call(mnist, "--data", small_data, "--out", tmp_path / "out", *SMALL, *arguments)
     assert_one_line_error(process, "mnist.py:", *parts)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -220,11 +210,11 @@ def test_bad_settings(small_data, tmp_path, arguments, parts):
     [("tensorflow", "amx_bf16", True), ("tensorflow", "avx512_bf16", False), ("jax", "amx_bf16", False)],
 )
 def test_bfloat16_is_the_default_only_where_it_was_measured_to_be_faster(monkeypatch, backend, flags, prefers):
-    monkeypatch.setattr(settings.keras.backend, "backend", lambda: backend)
-    monkeypatch.setattr(settings.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(settings.Path, "read_text", lambda path: f"GenuineIntel {flags}")
+    monkeypatch.setattr(training.keras.backend, "backend", lambda: backend)
+    monkeypatch.setattr(training.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(training.Path, "read_text", lambda path: f"GenuineIntel {flags}")
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
-    assert settings.prefers_bfloat16() == prefers
+    assert training.prefers_bfloat16() == prefers
 
 
 def batches(steps, batch_size, count, order, seed=0):
@@ -264,15 +254,16 @@ def test_a_broken_tarball(tmp_path, small_data):
     tarball = tmp_path / "mnist_cluttered.tar.gz"
     tarball.write_bytes((small_data / "mnist_cluttered.tar.gz").read_bytes()[:1000])
     (tmp_path / "labels.txt").write_text((small_data / "labels.txt").read_text())
-    process = run("mnist.py", "--data", tmp_path, "--out", tmp_path / "out")
+    process = call(mnist, "--data", tmp_path, "--out", tmp_path / "out")
     assert_one_line_error(process, "mnist_cluttered.tar.gz is not a complete .tar.gz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["img.lock", "labels.txt", "mnist_cluttered.tar.gz"]
 
 
+@pytest.mark.slow
 def test_learning(tmp_path):
     """A few hundred steps on the committed images: digits that it has never seen, and where they are."""
     # So short a run wants a larger share of warm-up.
-    short = ["--steps", 300, "--batch-size", 32, "--warmup", 0.3, "--every", 300, "--samples", 10]
+    short = ["--steps", 300, "--batch-size", 32, "--warmup", 0.3, "--eval-every", 300, "--samples", 10]
     process = run("mnist.py", "--out", tmp_path, *short)
     assert process.returncode == 0, process.stderr
     # Chance is 10%.

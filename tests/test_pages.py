@@ -1,286 +1,261 @@
 """The pages of a run, opened in headless Chromium."""
 
 import base64
+import contextlib
+import functools
+import http.server
 import json
-import re
+import threading
+import time
 
 import keras
 import numpy as np
 import pytest
 from browser import Browser, find_chromium
 from conftest import ROOT
+from PIL import Image
 
-from cam import bounding_box, class_activation_model, normalize, overlay, upsample
+from cam import bounding_box, class_activation_model, upsample
 from data.dataset import Split, load_dataset
-from experiment.pages import MAX_STEPS, Page, write_draw_page
-from lenet import lenet, lsuv_init
+from experiment.pages import write_draw_page, write_page, write_run_js
+from lenet import lenet, scale_to_unit_logits
 
-NAMES = ["zero", "one", "<!--<script>two</script>", "three"]
+HTML = "<!--<script>三\u2028"
+SAMPLES = {"classes": ["zero", "o\"n'e", "two", HTML], "labels": [3, 1, 3, 0], "height": 12, "width": 16}
+SAMPLES |= {"boxes": [[[2, 3, 9, 8]], [], [[1, 1, 4, 4], [5.5, 6, 10, 12]], [[0, 0, 16, 12]]]}
+HISTORY = [
+    {"step": 100 * k, "images": 3200 * k, "loss": 1.0, "test_accuracy": k / 2, "test_gt_known": k / 4, "test_pxap": 1}
+    | {"predicted": predicted, "boxes": [[k, 2, 10, 9], None, [0, 0, 16, 12], [3, 3, 4, 4]]}
+    for k, predicted in enumerate([[0, 0, 3, 0], [3, 1, 3, 1], [3, 1, 3, 0]])
+]
+STATE = """shown === null ? { step: null, text: element("text").textContent } : {
+    step: shown === steps[slider.value] ? +slider.value : null,  // null while its pictures are loaded
+    text: element("text").textContent, valuetext: slider.getAttribute("aria-valuetext"),
+    mark: element("mark").getAttribute("d"), playing: element("play").textContent === "Pause",
+    focus: document.activeElement.id || figures.indexOf(document.activeElement),
+    visible: figures.flatMap((figure, index) => figure.hidden ? [] : [index]),
+    none: element("none").checkVisibility(), following: element("following").checkVisibility(),
+    files: figures.map(figure => figure.firstChild.getAttribute("src")),
+    loaded: figures.every(figure => figure.firstChild.complete && figure.firstChild.naturalWidth > 0),
+    captions: figures.map(figure => figure.lastChild.textContent + "|" + figure.lastChild.className),
+    boxes: figures.map(figure => [...figure.querySelectorAll("svg > rect")].map(rect =>
+        [rect.className.baseVal, ...["x", "y", "width", "height"].map(name => +rect.getAttribute(name))])),
+    large: large.open ? element("title").textContent : null,
+    large_files: [...large.querySelectorAll("img")].map(image => image.checkVisibility() && image.getAttribute("src")),
+    kept: [scrollY, large.scrollTop, element("class").value, element("wrong").checked, globalThis.mark],
+}"""
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not find_chromium():
         pytest.skip("no Chromium here to open the page in")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(params=[1, 3], ids=["grey", "rgb"])
-def samples(request):
-    images = np.random.default_rng(1).integers(0, 256, (4, 12, 16, request.param), dtype=np.uint8)
-    return Split(images, np.array([3, 1, 3, 0]), np.tile([2, 3, 9, 8], (4, 1)))
+    with contextlib.closing(Browser(tmp_path_factory.mktemp("profile"))) as browser:
+        yield browser
 
 
 @pytest.fixture
-def cam_model(samples):
-    """Maps of 3 x 4 locations, four classes."""
-    keras.utils.set_random_seed(2)
-    return class_activation_model(lenet(samples.images.shape[3], 4))
+def out(tmp_path):
+    """The folder of a finished run."""
+    for index in range(4):
+        (tmp_path / f"img_{index}").mkdir()
+        for name in ("image_test", "cmap_0", "cmap_100", "cmap_200", "evolution", "classes", "procedure"):
+            Image.new("RGB", (64, 48), (60 * index, 200, 90)).save(tmp_path / f"img_{index}" / f"{name}.png")
+    write_page(tmp_path)
+    write_run_js(tmp_path, SAMPLES, HISTORY, finished=True)
+    return tmp_path
 
 
 @pytest.fixture
-def history(tmp_path):
-    """Three evaluations, and their maps."""
-    predicted = [[0, 0, 3, 0], [3, 1, 3, 1], [3, 1, 3, 0]]
-    (tmp_path / "maps").mkdir()
-    for step in (0, 100, 200):
-        maps = np.random.default_rng(step).normal(size=(4, 3, 4)).astype(np.float32)
-        np.save(tmp_path / "maps" / f"{step}.npy", maps)
-    return [
-        {"step": 100 * k, "images": 3200 * k, "test_accuracy": k / 2, "test_gt_known": k / 4, "predicted": predicted[k]}
-        for k in range(3)
-    ]
+def address(out):
+    """The address of a server that gives the run to those who have a token, and is slow to send pictures."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def send_head(self):
+            time.sleep(0.3 if ".png" in self.path else 0)
+            return super().send_head() if "?token=secret" in self.path else self.send_error(403)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=out)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-@pytest.fixture
-def page(tmp_path, samples):
-    return Page(tmp_path, samples, NAMES)
+def expect(browser, frame="self", **expected):
+    """Waits until the page has the state, since pictures are loaded before they are shown; returns all of its state."""
+    end = time.monotonic() + 15
+    while True:
+        state = browser.evaluate(f"{frame}.eval({STATE!r})")
+        if state | expected == state:
+            return state
+        assert time.monotonic() < end, f"not {expected}: {state}"
 
 
-def content(path):
-    """What a page holds."""
-    return json.loads(re.search(r"^const run = (.*);$", path.read_text(), re.MULTILINE)[1])
+def test_run_js_holds_the_run(out):
+    rows = [{name: row[name] for name in ("step", "images", "predicted", "boxes")} for row in HISTORY]
+    steps = [row | {"accuracy": k / 2, "gt_known": k / 4} for k, row in enumerate(rows)]
+    content = (out / "run.js").read_text(encoding="ascii")
+    run = SAMPLES | {"metrics": {"accuracy": "accuracy", "gt_known": "GT-known localization"}, "steps": steps}
+    assert json.loads(content.removeprefix("run = ").removesuffix(";\n")) == run | {"draw": False, "finished": True}
+    (out / "draw.html").touch()
+    write_run_js(out, SAMPLES | {"boxes": None}, rows[:1], finished=False)  # without metrics
+    run = json.loads((out / "run.js").read_text()[6:-2])
+    assert (run["finished"], run["draw"], run["boxes"], run["steps"][0]["gt_known"]) == (False, True, None, None)
+    with pytest.raises(ValueError, match="JSON"):
+        write_run_js(out, SAMPLES, [HISTORY[0] | {"test_accuracy": float("nan")}], finished=False)
+    (out / "draw.html").unlink()
+    write_run_js(out, SAMPLES, HISTORY, finished=True)
+    assert (out / "run.js").read_text() == content  # the same run, the same file
 
 
-def from_base64(text, dtype=np.uint8):
-    return np.frombuffer(base64.b64decode(text), dtype)
-
-
-def test_the_page_holds_the_run(page, cam_model, history, tmp_path):
-    page.renew(cam_model, history, finished=True)
-    run = content(tmp_path / "index.html")
-    assert [step["step"] for step in run["steps"]] == [0, 100, 200]
-    maps = upsample(np.load(tmp_path / "maps" / "200.npy"), 12, 16)
-    for found, class_map in zip(run["steps"][2]["boxes"], maps, strict=True):
-        assert found is None if bounding_box(class_map) is None else tuple(found) == bounding_box(class_map)
-    assert "http" not in (tmp_path / "index.html").read_text()  # nothing is fetched
-
-
-def test_the_page_holds_the_maps_of_all_classes_and_their_terms(page, samples, cam_model, history, tmp_path):
-    page.renew(cam_model, history, finished=True)
-    logits, maps = cam_model.predict(samples.images, verbose=0)
-    for index, last in enumerate(content(tmp_path / "index.html")["last"]):
-        label = samples.labels[index]
-        assert last["classes"] == [0, 1, 2, 3]
-        np.testing.assert_allclose(last["scores"], logits[index], rtol=1e-4, atol=1e-6)
-
-        def decode(content):
-            shades = from_base64(content["maps"]).reshape(-1, 3, 4)
-            return content["limit"] * (shades / 127.5 - 1)
-
-        step = maps[index].max() / 100
-        np.testing.assert_allclose(decode(last["maps"]), maps[index].transpose(2, 0, 1), atol=np.abs(step))
-        *terms, total = decode(last["terms"])
-        assert len(terms) == 6
-        np.testing.assert_allclose(total, maps[index][:, :, label], atol=last["terms"]["limit"] / 200)
-        np.testing.assert_allclose(np.sum(terms, axis=0), total, atol=7 * last["terms"]["limit"] / 200)
-        np.testing.assert_allclose(sum(last["parts"]), logits[index, label], rtol=1e-3, atol=1e-6)
-
-
-def test_of_a_long_run_there_are_as_many_steps_as_fit(page, cam_model, history, tmp_path):
-    rows, earlier = [], set()
-    for count in (1, 60, 130, 500):
-        rows = [history[0] | {"images": k, "step": k} for k in range(count)]
-        page.map_file = lambda step: tmp_path / "maps" / "0.npy"
-        page.renew(cam_model, rows, finished=True)
-        images = [step["images"] for step in content(tmp_path / "index.html")["steps"]]
-        assert min(count, MAX_STEPS / 2) <= len(images) <= MAX_STEPS + 1
-        assert (images[0], images[-1]) == (0, count - 1)
-        assert images == sorted(images)
-        steps = set(images[:-1])
-        assert not earlier or count < MAX_STEPS or steps & earlier  # thinned out, not chosen anew
-        earlier = steps
-
-
-def test_the_page_without_boxes(page, cam_model, history, tmp_path):
-    page.samples = page.samples._replace(boxes=None)
-    page.renew(cam_model, [{k: v for k, v in row.items() if k != "test_gt_known"} for row in history], finished=True)
-    run = content(tmp_path / "index.html")
-    assert {step["gt_known"] for step in run["steps"]} == {None}
-    assert run["boxes"] is None
-
-
-def test_the_page_takes_a_small_share_of_the_time(page, cam_model, history, tmp_path):
-    path = tmp_path / "index.html"
-    page.renew(cam_model, history[:1])  # the first time it is there at once
-    assert len(content(path)["steps"]) == 1
-    page.renew(cam_model, history[:2])  # comes too soon
-    assert len(content(path)["steps"]) == 1
-    page.next_renewal = 0
-    page.renew(cam_model, history[:2])
-    run = content(path)
-    assert len(run["steps"]) == 2
-    assert run["running"]["interval"] > 0
-    page.renew(cam_model, history, finished=True)
-    run = content(path)
-    assert len(run["steps"]) == 3
-    assert run["running"] is None
-
-
-def canvas(browser, expression, height, width):
-    """The pixels of a canvas, (H, W, 3)."""
-    data = browser.evaluate(f"[...({expression}).getContext('2d').getImageData(0, 0, {width}, {height}).data]")
-    pixels = np.array(data).reshape(height, width, 4)
-    assert (pixels[:, :, 3] == 255).all()
-    return pixels[:, :, :3]
-
-
-def choose(browser, name, value):
-    browser.evaluate(f"element({name!r}).value = {value!r}; element({name!r}).dispatchEvent(new Event('change'))")
-
-
-def state(browser):
-    expression = """({
-        step: +slider.value, text: element("text").textContent, mark: element("mark").getAttribute("d"),
-        shown: figures.map((figure, index) => figure.hidden ? null : index).filter(index => index !== null),
-        captions: figures.map(figure => figure.lastChild.textContent + "|" + figure.lastChild.className),
-    })"""
-    return browser.evaluate(expression)
-
-
-def test_the_page_in_a_browser(page, samples, cam_model, history, browser, tmp_path):
-    page.renew(cam_model, history, finished=True)
-    browser.open(tmp_path / "index.html")
-    end = state(browser)
+def test_the_page_shows_the_files_of_a_step(out, browser):
+    assert "http" not in (out / "index.html").read_text(encoding="utf-8")  # it needs nothing from elsewhere
+    browser.open(out / "index.html")
+    end = expect(browser, step=2, valuetext="step 200", visible=[0, 1, 2, 3], large=None, following=False)
     assert end["text"] == "step 200: 6,400 training images seen, accuracy 100.0%, GT-known localization 50.0%"
-    assert end["captions"][1] == "image 1: one, predicted one|"
-    for _ in range(3):
+    assert end["captions"][:2] == [f"image 0: {HTML}, predicted {HTML}|", "image 1: o\"n'e, predicted o\"n'e|"]
+    assert end["boxes"][0] == [["true", 2, 3, 7, 5], ["predicted", 2, 2, 8, 7]]
+    assert end["boxes"][1] == []
+    assert end["boxes"][2] == [["true", 1, 1, 3, 3], ["true", 5.5, 6, 4.5, 6], ["predicted", 0, 0, 16, 12]]
+    places = "['img', '.predicted'].map(name => figures[0].querySelector(name).getBoundingClientRect().toJSON())"
+    image, box = browser.evaluate(places)
+    found = np.array([box["x"] - image["x"], box["y"] - image["y"], box["width"], box["height"]])
+    np.testing.assert_allclose(found / image["width"] * 16, [2, 2, 8, 7], atol=0.2)  # pixels of the test image
+    for step in (1, 0):
         browser.press("ArrowLeft")
-    start = state(browser)
+        files = [f"img_{index}/cmap_{100 * step}.png" for index in range(4)]
+        start = expect(browser, step=step, files=files, loaded=True)
+    assert start["captions"][0] == f"image 0: {HTML}, predicted zero ✗|wrong"
     assert start["text"].startswith("step 0: 0 training images seen, accuracy 0.0%")
-    assert start["captions"][1] == "image 1: one, predicted zero ✗|wrong"
     assert start["mark"] != end["mark"]
-    assert start["shown"] == [0, 1, 2, 3]
-    browser.click("#wrong")
-    assert state(browser)["shown"] == [0, 1]
-    browser.click("#wrong")
-    choose(browser, "class", "3")
-    assert state(browser)["shown"] == [0, 2]
-    choose(browser, "class", "")
+    assert browser.evaluate("figures[3].firstChild.alt") == "class activation map of image 3, class zero, after step 0"
 
-    browser.evaluate("frame = () => {}")  # the pictures without boxes
-    browser.evaluate("document.activeElement.blur()")
-    browser.press("ArrowRight")
-    assert state(browser)["step"] == 1
-    maps = normalize(np.load(tmp_path / "maps" / "100.npy"))[2:3]
-    heatmap = normalize(upsample(np.rint(255 * maps), 12, 16)[0])  # the page has the maps in 256 shades
-    for colors in ("jet", "viridis"):
-        choose(browser, "colors", colors)
-        drawn = canvas(browser, "figures[2].firstChild", 12, 16)
-        expected = overlay(samples.images[2], heatmap, colors)
-        assert np.abs(drawn - expected.astype(int)).max() <= 12  # a shade apart by rounding
-    label = browser.evaluate("figures[2].firstChild.getAttribute('aria-label')")
-    assert label == "class activation map of image 2, class three, after step 100"
 
-    browser.press("ArrowLeft")
-    browser.press(" ")
-    assert browser.evaluate("element('play').textContent") == "Pause"
-    browser.wait_for("+slider.value === 2 && element('play').textContent === 'Play'")
+def test_filters(out, browser):
+    browser.open(out / "index.html")
+    expect(browser, step=2)
+    assert browser.evaluate("[...element('class').options].map(option => option.text)")[2:] == ["o\"n'e", HTML]
+    browser.click("#wrong")
+    expect(browser, visible=[], none=True)
+    browser.evaluate("slider.value = 1; slider.oninput()")
+    expect(browser, visible=[3], none=False)
+    browser.press(" ")  # the focus is on the checkbox
+    expect(browser, visible=[0, 1, 2, 3], playing=False)
+    browser.evaluate("element('class').focus()")
+    for visible in ([3], [1], [0, 2]):
+        browser.press("ArrowDown")
+        expect(browser, visible=visible, focus="class")
+
+
+def test_keyboard(out, browser):
+    browser.open(out / "index.html")
+    expect(browser, step=2)
+    browser.evaluate("figures[1].focus()")
+    for key, step in (("ArrowLeft", 1), ("ArrowRight", 2)):
+        browser.press(key)
+        expect(browser, step=step)
+    for modifier, key in (("Control", "ArrowLeft"), ("Alt", " "), ("Meta", "Enter")):
+        browser.press(key, modifier)
+    expect(browser, step=2, playing=False, large=None)
+    for playing, step in ((True, 0), (False, 0), (True, 0), (False, 2)):  # it stops at the end
+        if step == 0:
+            browser.press(" ")
+        expect(browser, playing=playing, step=step, focus=1)
     browser.click("#play")  # which keeps the focus
-    browser.click("#play")
-    browser.evaluate("slider.value = 2; show()")
-    browser.press("ArrowLeft")
-    assert state(browser)["step"] == 1
-    browser.press("ArrowLeft", control=True)
-    assert state(browser)["step"] == 1
+    browser.press(" ")
+    expect(browser, playing=False, step=0)
+    for control, step, visible in (("step", 1, [0, 1, 2, 3]), ("class", 1, [3]), ("wrong", 1, [3]), ("play", 2, [3])):
+        browser.evaluate(f"element({control!r}).focus()")
+        browser.press("ArrowRight")
+        expect(browser, step=step, focus=control, visible=visible)
+
+
+def test_an_enlarged_image(out, browser):
+    browser.open(out / "index.html")
+    expect(browser, step=2)
     browser.evaluate("figures[0].focus()")
     browser.press("Enter")
-    assert browser.evaluate("large.open && opened === 0")
-    assert browser.evaluate("slider.getAttribute('aria-valuetext')") == "step 100"
-    browser.press("Escape")
-    browser.press(" ")  # the focus is on the image again
-    assert browser.evaluate("element('play').textContent") == "Pause"
-    assert not browser.evaluate("large.open")
-
-
-def test_an_image_large(page, samples, cam_model, history, browser, tmp_path):
-    page.renew(cam_model, history, finished=True)
-    browser.open(tmp_path / "index.html")
-    browser.click("#grid figure:nth-of-type(2)")
-    captions = "[...document.querySelectorAll('#{} figcaption')].map(caption => caption.textContent)"
-    logits, maps = cam_model.predict(samples.images[1:2], verbose=0)
-    strip = browser.evaluate(captions.format("strip"))
-    assert strip == ["step 0: zero", "step 100: one", "step 200: one"]
-    shown = browser.evaluate(captions.format("all"))
-    assert [text.split(": ")[0] for text in shown] == [*NAMES, "scale"]
-    limit = np.abs(maps).max()
-    heatmap = upsample(np.rint(127.5 + 127.5 * maps[..., 3] / limit), 12, 16)[0] / 255
-    drawn = canvas(browser, "document.querySelector('#all figure:nth-of-type(4) canvas')", 12, 16)
-    assert np.abs(drawn - overlay(samples.images[1], heatmap).astype(int)).max() <= 12
-    terms = browser.evaluate(captions.format("terms"))
-    assert len(terms) == 8
-    assert terms[5].startswith("all others: ")
-    assert terms[6].startswith("= map of one: S = ")
-    parts = [float(text.replace("\N{MINUS SIGN}", "-").split(": S ")[1]) for text in terms[:6]]
-    assert abs(sum(parts) - logits[0, 1]) < 0.05
+    files = [f"img_0/{name}.png" for name in ("cmap_200", "image_test", "evolution", "classes", "procedure")]
+    expect(browser, large=f"Image 0: {HTML}, after step 200", large_files=files)
     browser.press("ArrowLeft")
-    assert browser.evaluate("element('title').textContent") == "Image 1: one, after step 100"
-    browser.click("#strip figure:nth-of-type(1)")
-    assert browser.evaluate("element('title').textContent") == "Image 1: one, after step 0"
+    expect(browser, large=f"Image 0: {HTML}, after step 100", large_files=["img_0/cmap_100.png", *files[1:]])
     browser.press("Escape")
-    assert not browser.evaluate("large.open")
+    expect(browser, large=None, focus=0)
+    write_run_js(out, SAMPLES | {"boxes": None}, HISTORY[:2], finished=False)
+    browser.open(out / "index.html")
+    expect(browser, step=1)
+    browser.click("#grid figure:nth-of-type(1)")
+    expect(browser, large_files=["img_0/cmap_100.png", "img_0/image_test.png"])
+    assert browser.evaluate("large.querySelectorAll('svg > rect').length") == 1
+    browser.click("#close")
+    expect(browser, large=None)
 
 
-def test_the_page_on_a_telephone(page, cam_model, history, browser, tmp_path):
-    page.renew(cam_model, history, finished=True)
-    browser.resize(400, 700)
-    try:
-        browser.open(tmp_path / "index.html")
-        assert browser.evaluate("document.documentElement.scrollWidth") <= 400
-        browser.click("#grid figure:nth-of-type(1)")
-        assert browser.evaluate("large.scrollWidth <= large.clientWidth && large.offsetWidth <= 400")
-    finally:
-        browser.resize(1200, 900)
+@pytest.mark.parametrize(("width", "height"), [(400, 700), (320, 256), (700, 660)])  # a telephone; a desktop at 400%
+def test_a_small_window(width, height, out, browser):
+    browser.open(out / "index.html", width, height)
+    expect(browser, step=2)
+    assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    browser.evaluate("element('grid').style.cssText = 'max-width: 18em; margin-bottom: 99em'")
+    for index, top in enumerate((0, "figures[1].offsetTop", 9999, "figures[3].offsetTop")):
+        browser.evaluate(f"scrollTo(0, {top}); figures[{index}].focus()")
+        assert browser.evaluate("""(({x, y, right, bottom}) => [[x + 1, y + 1], [right - 1, bottom - 1]].map(point =>
+            document.activeElement.contains(document.elementFromPoint(...point))
+        ))(document.activeElement.getBoundingClientRect())""") == [True, True]
+    browser.press("Enter")
+    assert browser.evaluate(f"large.scrollWidth <= large.clientWidth && large.offsetWidth <= {width}")
 
 
-def test_an_open_page_follows_the_run(page, cam_model, history, browser, tmp_path):
-    page.renew(cam_model, history[:1])
-    browser.open(tmp_path / "index.html")
-    assert state(browser)["text"].endswith("the run goes on")
-    page.next_renewal = 0
-    page.renew(cam_model, history[:2])
-    browser.wait_for("steps.length === 2")
-    assert state(browser)["step"] == 1  # it was at the end, and still is
-
+def test_an_open_page_follows_the_run(out, browser):
+    write_run_js(out, SAMPLES, [], finished=False)
+    browser.open(out / "index.html")
+    for count in range(3):
+        write_run_js(out, SAMPLES, HISTORY[:count], finished=False)
+        state = expect(browser, step=[None, 0, 1][count])  # it was at the end, and still is
+        assert state["text"].endswith("; not finished")
     browser.press("ArrowLeft")
     browser.click("#wrong")
-    choose(browser, "class", "3")
-    choose(browser, "colors", "viridis")
-    browser.evaluate("document.body.style.height = '3000px'; scrollTo(0, 70); open(2); large.scrollTop = 50")
-    browser.evaluate("element('close').focus()")
-    kept = "[+slider.value, element('wrong').checked, element('class').value, element('colors').value, opened]"
-    before = browser.evaluate(kept)
-    scrolled = browser.evaluate("[large.scrollTop]")
-    page.renew(cam_model, history, finished=True)
-    browser.wait_for("steps.length === 3")
-    assert browser.evaluate(kept) == before == [0, True, "3", "viridis", 2]
-    assert browser.evaluate("[large.scrollTop]") == scrolled
-    assert browser.evaluate("large.open && run.running === null")
-    assert browser.evaluate("document.activeElement.id") == "close"
-    assert browser.evaluate("location.hash") == ""
-    assert "goes on" not in state(browser)["text"]
+    browser.click("#follow")
+    browser.evaluate("element('class').value = 3; move(0)")
+    browser.evaluate("document.body.style.height = '3000px'; scrollTo(0, 70); figures[0].focus({preventScroll: true})")
+    browser.press("Enter")
+    browser.evaluate("large.style.height = '200px'; large.scrollTop = 50; globalThis.mark = 1")
+    before = expect(browser, step=0, visible=[0], kept=[70, 50, "3", True, 1])
+    write_run_js(out, SAMPLES, HISTORY, finished=True)
+    time.sleep(browser.evaluate("POLL") / 1000 + 0.5)
+    assert expect(browser) == before  # paused
+    browser.evaluate("element('follow').checked = true")
+    after = expect(browser, text=before["text"].removesuffix("; not finished"), step=0)
+    assert {name for name in after if after[name] != before[name]} == {"text", "following", "large_files"}
+    assert after["large_files"][2:] == [f"img_0/{name}.png" for name in ("evolution", "classes", "procedure")]
+
+
+def test_the_page_in_a_frame_behind_a_token(out, address, browser):
+    (out / "frame.html").write_text('<iframe src="index.html?token=secret"></iframe>')
+    write_run_js(out, SAMPLES, HISTORY[:1], finished=False)
+    browser.open(f"{address}/frame.html?token=secret")
+    browser.wait_for("frames[0].eval('shown !== null')")
+    for count, labels in ((2, [3, 1, 3, 0]), (3, [3, 1, 3, 0]), (1, [0, 0, 0, 0])):  # the last is another run
+        write_run_js(out, SAMPLES | {"labels": labels}, HISTORY[:count], finished=False)
+        state = f"frames[0].eval('steps.length === {count} && element(`class`).length === {len(set(labels)) + 1}')"
+        browser.wait_for(state)
+        expect(browser, "frames[0]", step=count - 1, loaded=True)
+
+
+def test_playing(address, browser):
+    browser.open(f"{address}/index.html?token=secret")
+    expect(browser, step=2)
+    browser.evaluate(f"""
+        globalThis.seen = []; globalThis.told = [];
+        new MutationObserver(() => seen.push({STATE})).observe(element("grid"), {{ childList: true, subtree: true }});
+        const status = document.querySelector("[role=status]");
+        new MutationObserver(() => told.push(status.textContent)).observe(status, {{ childList: true }});
+    """)
+    browser.click("#play")
+    browser.wait_for("told.length")
+    states, told = browser.evaluate("[seen, told]")
+    assert [(state["step"], state["loaded"]) for state in states][:3] == [(0, True), (1, True), (2, True)]
+    assert [text.split(":")[0] for text in told] == ["step 200"]  # by screen readers, not each step
 
 
 @pytest.fixture(scope="module", params=["average", "max"])
@@ -293,11 +268,10 @@ def drawn_run(request, tmp_path_factory):
     for step in (0, 100):
         keras.utils.set_random_seed(step)
         model = lenet(pooling=request.param)
-        lsuv_init(model, test.images[:32])
-        rng = np.random.default_rng(step)
+        scale_to_unit_logits(model, test.images[:32])
         for name in ("conv1", "conv2"):  # as after some training
             bias = model.get_layer(name).bias
-            bias.assign(rng.normal(0, 0.1, bias.shape))
+            bias.assign(keras.random.normal(bias.shape, stddev=0.1))
         np.savez(out / "weights" / f"{step}.npz", **{weight.path: np.asarray(weight) for weight in model.weights})
         models.append(model)
     write_draw_page(out, models[-1], test.first(30), 100)
@@ -324,9 +298,9 @@ def test_the_network_in_the_browser_on_images_of_odd_size(browser, tmp_path):
     write_draw_page(tmp_path, model, Split(images, np.arange(3), None), 7)  # no weights were kept
     browser.open(tmp_path / "draw.html")
     logits, maps = class_activation_model(model).predict(images[1:2], verbose=0)
-    browser.evaluate("globalThis.found = forward(examples[1], networks[0])")
-    np.testing.assert_allclose(browser.evaluate("found.logits"), logits[0], atol=1e-3 * np.abs(logits).max())
-    found = browser.evaluate("found.maps.map(map => [...map])")
+    found = browser.evaluate("forward(examples[1], networks[0])")
+    np.testing.assert_allclose(found["logits"], logits[0], atol=1e-3 * np.abs(logits).max())
+    found = [list(one.values()) for one in found["maps"]]
     np.testing.assert_allclose(found, maps[0].reshape(-1, 10).T, atol=1e-4 * np.abs(maps).max())
 
 
@@ -347,19 +321,15 @@ def test_a_digit_is_drawn_and_read(drawn_run, browser):
     image = np.array(browser.evaluate("[...answer.image]"), np.uint8).reshape(1, 100, 100, 1)
     columns, rows = np.flatnonzero(image[0, :, :, 0].any(axis=0)), np.flatnonzero(image[0, :, :, 0].any(axis=1))
     assert (columns[0], columns[-1], rows[0], rows[-1]) == (39, 41, 39, 61)
-    np.testing.assert_allclose(
-        browser.evaluate("answer.logits"), models[1].predict(image, verbose=0)[0], rtol=1e-3, atol=1e-3
-    )
     latest = browser.evaluate("answer.logits")
+    np.testing.assert_allclose(latest, models[1].predict(image, verbose=0)[0], rtol=1e-3, atol=1e-3)
     browser.evaluate("element('step').value = 0; element('step').oninput()")
     assert browser.evaluate("element('text').textContent") == "after step 0"
     assert browser.evaluate("answer.logits") != latest
-
     browser.click("[value=erase]")
     browser.drag(at(40.5, 60.5), at(40.5, 50.5))
     browser.wait_for("answer.image[50 * 100 + 40] === 0")
     assert browser.evaluate("answer.image[42 * 100 + 40]") == 255
-
     browser.click("[value=clutter]")
     browser.drag(at(80, 20))
     assert browser.evaluate("pieces.map(({x, y}) => [Math.round(x), Math.round(y)])") == [[76, 16]]
@@ -368,7 +338,6 @@ def test_a_digit_is_drawn_and_read(drawn_run, browser):
     browser.click("[value=erase]")
     browser.drag(at(68, 28))
     assert browser.evaluate("pieces") == []
-
     shown = "buttons.findIndex(button => button.classList.contains('shown'))"
     predicted = browser.evaluate("answer.logits.indexOf(Math.max(...answer.logits))")
     browser.drag(at(99, 99))  # the pointer is on no class

@@ -45,11 +45,11 @@ def test_archive(write, tmp_path):
     assert counts == {}
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
     assert test.labels.tolist() == 10 * [0, 1, 2]
-    name = [photo.name.split("/")[-1] for photo in (*train.images, *test.images)]
+    name = [photo.name.split("/")[-1] for photo in (*train.files, *test.files)]
     assert name[:5] == ["001_0001.jpg", "001_0002.jpg", "002_0001.jpg", "002_0002.jpg", "010_0001.jpg"]
     assert name[9:13] == ["001_0003.jpg", "002_0003.jpg", "010_0006.jpg", "001_0004.jpg"]
     assert len(set(name)) == len(FILES)
-    for photo, label in zip(test.images, test.labels, strict=True):
+    for photo, label in zip(test.files, test.labels, strict=True):
         shade = int(photo.name[-12:-9]) + int(photo.name[-8:-4])
         assert photo.name.split("/")[-2].endswith(names[label])
         assert abs(int(decode(photo, 25, 20).mean()) - shade) <= 1
@@ -84,8 +84,8 @@ def test_what_is_out_of_the_ordinary(tmp_path):
         "photos elsewhere left out": 2,
         "photos longer than 8:1 left out": 1,
     }
-    assert len(train.images) + len(test.images) == len(FILES) + 2
-    last = [photo for photo, label in zip(test.images, test.labels, strict=True) if label == 0][-2:]
+    assert len(train.files) + len(test.files) == len(FILES) + 2
+    last = [photo for photo, label in zip(test.files, test.labels, strict=True) if label == 0][-2:]
     assert [decode(photo, 30, 20).shape for photo in last] == [(20, 20, 3)] * 2
 
 
@@ -165,7 +165,7 @@ JUNK |= {"pets/README.txt": b"pets"}
 
 
 def names_of(split):
-    return [photo.name.split("/")[-1] for photo in split.images]
+    return [photo.name.split("/")[-1] for photo in split.files]
 
 
 def write_gz(path, files):
@@ -249,7 +249,7 @@ def test_folds_are_fifths_of_the_training_photos(tmp_path):
         train, test, _, _ = load_photos(archive, test_share=0.4, fold=fold)
         assert sorted(names_of(train) + names_of(test)) == sorted(names_of(known))
         found += names_of(test)
-        places = [names_of(known).index(photo.name.split("/")[-1]) for photo in test.images if "emus" in photo.name]
+        places = [names_of(known).index(photo.name.split("/")[-1]) for photo in test.files if "emus" in photo.name]
         assert places == list(range(places[0], places[-1] + 1))  # one piece of the class
     assert sorted(found) == sorted(names_of(known))
     with pytest.raises(UserError, match="cats has 3 usable training photos; --fold needs 5"):
@@ -329,9 +329,9 @@ def test_boxes_in_a_crop_are_where_the_crop_shows_them(size, tmp_path):
     files["pets/boxes.csv"] = f"file,x0,y0,x1,y1\ncats/x.png,{x0},{y0},{x1},{y1}\n".encode()
     _, test, _, _ = load_photos(write_tar(tmp_path / "pets.tar", files))
     index = names_of(test).index("x.png")
-    assert (test.images[index].width, test.images[index].height) == size
-    (found,) = crop_boxes(test.images[index], test.boxes[index], 100, 80)
-    crop = decode(test.images[index], 100, 80)[:, :, 0] > 127
+    assert (test.files[index].width, test.files[index].height) == size
+    (found,) = crop_boxes(test.files[index], test.boxes[index], 100, 80)
+    crop = decode(test.files[index], 100, 80)[:, :, 0] > 127
     rows, columns = np.flatnonzero(crop.any(axis=1)), np.flatnonzero(crop.any(axis=0))
     np.testing.assert_allclose(found, [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], atol=1)
-    assert not len(crop_boxes(test.images[index], [[0, 0, 1, 1]], 100, 80)) or width == height
+    assert not len(crop_boxes(test.files[index], [[0, 0, 1, 1]], 100, 80)) or width == height

@@ -1,5 +1,6 @@
-"""What the figures are made of: pictures in rows, each with a title."""
+"""Pictures on disk: the test images and their heatmaps, and rows of pictures with titles."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -9,14 +10,32 @@ from PIL import Image, ImageDraw, ImageFont
 from cam import overlay, upsample
 from experiment.files import atomic_write
 
-SIDE = 400  # pixels, about: pictures are enlarged by a whole number
+PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
 MIN_CELL = 64  # pixels, of a picture's place in a grid
 GAP = 8  # pixels between two pictures
 MAX_TITLE = 60  # characters
 load_default_font = lru_cache(ImageFont.load_default)
 
 
-def enlarge(picture, side=SIDE):
+def save_images(out, images):
+    """Writes `img_S/image_test.png` of each of the test images (S, H, W, 1 or 3)."""
+    for index, image in enumerate(images):
+        (out / f"img_{index}").mkdir(parents=True, exist_ok=True)
+        save_picture(enlarge(image), out / f"img_{index}" / "image_test.png")
+
+
+def save_heatmaps(out, step, images, heatmaps):
+    """Writes `img_S/cmap_STEP.png`: the heatmaps (S, H, W), 0..1, over the images (S, H, W, 1 or 3)."""
+
+    def save(index):
+        picture = enlarge(overlay(images[index], heatmaps[index]))
+        save_picture(picture, out / f"img_{index}" / f"cmap_{step}.png")
+
+    with ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
+        list(pool.map(save, range(len(images))))
+
+
+def enlarge(picture, side=PICTURE_SIDE):
     """Repeats each pixel, so that the longer side has about `side`: (H, W, ...) -> (n H, n W, ...)."""
     times = max(1, round(side / max(picture.shape[:2])))
     return picture.repeat(times, axis=1).repeat(times, axis=0)

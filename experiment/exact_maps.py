@@ -1,0 +1,186 @@
+"""Exact class activation maps of Keras networks of any form.
+
+A network has one if its logits are affine in its pooled feature maps: S_c = sum_k w_k^c F_k + b_c. Which layers compute
+that does not matter: the layers after the pooling, the head, are asked for w_k^c and b_c. `cam.class_activation_model`
+is the plain case.
+"""
+
+import itertools
+import math
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from cam import class_activation_map
+from experiment.training import JIT_COMPILE
+
+ACTIVATIONS = {"linear": ops.copy, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax}
+PROBE = 256  # an F_k that makes w_k^c F_k large against rounding errors of b_c
+
+
+def exact_cam_model(model, output=None):
+    """Turns a classifier of any form into a model that gives logits and class activation maps.
+
+    Args:
+        model: Keras model, functional or Sequential, with mean pooling, or max pooling for the comparison in section
+            3.2. Other models may be nested in it. Its layers are used, not copied: the maps follow its training.
+        output: Name of the output, if the model has several.
+
+    Returns:
+        Keras model from the same images (N, h, w, channels) to [S_c (N, C), M_c (N, H, W, C)], float32. S_c, before the
+        last activation, is the mean of M_c plus b_c; with max pooling it is not. Its layer "logits_and_maps" is a
+        `LogitsAndMaps`.
+
+    Raises:
+        ValueError: The model has no exact class activation map, or several outputs of which none is chosen.
+    """
+    try:
+        if not known_outputs(model):
+            raise ValueError("its layers are not known; it must be functional or Sequential, and built")
+        structure = getattr(model, "_outputs_struct", None)  # a Sequential model has one output, without a name
+        names = sorted(structure) if isinstance(structure, dict) else getattr(model, "output_names", ["output"])
+        if names.count(output) != 1 and (output or len(names) > 1):
+            raise ValueError(f"choose one of its outputs: {', '.join(names)}")
+        feature_maps, operations = find_pooling(model.outputs[names.index(output) if output else 0])
+        if feature_maps is None or not operations:
+            raise ValueError("it has no feature maps (N, H, W, K) that are pooled")
+        logits_and_maps = LogitsAndMaps(operations, name="logits_and_maps")
+        logits_and_maps.check()
+        images = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+        return keras.Model(images, logits_and_maps(feature_maps), name=f"{model.name}_cam")
+    except ValueError as error:
+        raise ValueError(f"model {model.name!r} has no exact class activation map: {error}") from None
+
+
+def known_outputs(model):
+    """Outputs of a model whose layers are all there is: functional or Sequential, with no `call` of its own."""
+    return getattr(model, "outputs", None) if type(model).call.__module__.startswith("keras.") else None
+
+
+def find_pooling(tensor):
+    """Goes back from `tensor` to the last feature maps; returns them, and a model of each operation in between."""
+    operations = []
+    while not (len(tensor.shape) == 4 and tensor.shape[1:3] != (1, 1)):
+        operation, node, index = tensor._keras_history
+        inputs = operation._inbound_nodes[node].input_tensors
+        if not inputs:
+            return None, operations
+        nested = known_outputs(operation)  # of a model in the model
+        if nested:
+            feature_maps, inner = find_pooling(nested[index])
+            if feature_maps is not None:
+                return keras.Model(operation.inputs, feature_maps)(inputs), inner + operations
+        if len(inputs) > 1:
+            raise ValueError(f"layer {operation.name!r}, after the pooling, has {len(inputs)} inputs")
+        operations = (inner if nested else [keras.Model(inputs, tensor, name=operation.name)]) + operations
+        tensor = inputs[0]
+    return tensor, operations
+
+
+def without_activation(operation):
+    """The same model of one layer, with the same weights, but with no activation."""
+    layer = operation.operations[-1]
+    linear = object.__new__(type(layer))  # a copy that shares the weights
+    vars(linear).update(vars(layer), activation=keras.activations.linear, _inbound_nodes=[], _outbound_nodes=[])
+    return keras.Model(operation.inputs, linear(*operation.inputs), name=operation.name)
+
+
+def is_close(found, expected, tolerance):
+    found, expected = (ops.convert_to_numpy(ops.cast(ops.reshape(x, -1), "float32")) for x in (found, expected))
+    return found.shape == expected.shape and np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@keras.saving.register_keras_serializable("cam")
+class LogitsAndMaps(layers.Layer):
+    """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
+
+    `operations` are models of one operation each, from a classifier's pooling to its output; `activation` names the
+    last activation, which is not applied.
+    """
+
+    def __init__(self, operations, dtype="float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
+        self.supports_jit = bool(JIT_COMPILE)
+        if isinstance(operations[0], dict):  # from get_config
+            operations = keras.saving.deserialize_keras_object(operations)
+        self.operations, self.activation = operations, "linear"
+        kinds = {tensor.dtype for operation in operations for tensor in operation.inputs + operation.outputs}
+        kinds |= {getattr(operation.operations[-1], "dtype_policy", self.dtype_policy).name for operation in operations}
+        self.tolerance = 0.001 if kinds == {"float32"} else 0.03  # of the largest value: more if numbers are rounded
+
+        pooling, rng = operations[0], np.random.default_rng(0)
+        x = rng.normal(1, 2, [8, *(size or 5 for size in pooling.input_shape[1:])]).astype(np.float32)
+        if not any(is_close(pooling([x]), pool(x, axis=(1, 2)), self.tolerance) for pool in (ops.mean, ops.max)):
+            raise ValueError(f"layer {pooling.name!r} takes neither mean nor maximum of feature maps (N, H, W, K)")
+        self.find_head()
+        self.kernel_layer = self.find_kernel()
+
+    def find_head(self):
+        """Finds the operations from F_k to S_c: all after the pooling, without the last activation."""
+        x = np.random.default_rng(0).normal(size=[8, *self.operations[0].output_shape[1:]])
+        x = (x.T * np.geomspace(0.01, 1, 8)).T.astype(np.float32)
+        self.head = self.operations[1:]
+        output = run(self.head, x)
+        for index in range(len(self.operations) - 1, 0, -1):  # the activation is an operation, or a part of a layer
+            operation = self.operations[index]
+            head = self.operations[1:index]
+            if operation.weights:
+                fused = callable(getattr(operation.operations[-1], "activation", None))
+                head = [*head, without_activation(operation) if fused else operation]
+            logits = run(head, x)
+            for name, function in ACTIVATIONS.items():
+                if is_close(output, function(logits), self.tolerance):
+                    self.head, self.activation = head, name
+                    break
+            if operation.weights or self.activation != "linear":
+                return
+
+    def find_kernel(self):
+        """The layer whose kernel is w_k^c and whose bias is b_c, if the rest of the head changes nothing."""
+        weighted = [operation.operations[-1] for operation in self.head if operation.weights]
+        if len(weighted) != 1 or type(weighted[0]) not in (layers.Dense, layers.Conv2D):
+            return None
+        found, probed = kernel_and_bias(weighted[0]), self.probe()
+        same = all(is_close(one, other, self.tolerance) for one, other in zip(found, probed, strict=True))
+        return weighted[0] if same and np.any(probed[0]) else None
+
+    def call(self, feature_maps):
+        logits = run(self.head, self.operations[0]([feature_maps]))  # F_k (N, K) -> S_c (N, C), equation (1)
+        softmax_weights, _ = self.softmax_weights_and_biases()
+        return logits, class_activation_map(feature_maps, softmax_weights)
+
+    def softmax_weights_and_biases(self):
+        """w_k^c (K, C) and b_c (C,)."""
+        return kernel_and_bias(self.kernel_layer) if self.kernel_layer else self.probe()
+
+    def probe(self):
+        """w_k^c and b_c from the head itself: S_c is b_c if all F_k are zero, and F_k w_k^c + b_c if one is not."""
+        shape = self.operations[0].output_shape[1:]  # (K,) or (1, 1, K)
+        pooled = PROBE * ops.eye(shape[-1] + 1, shape[-1])  # each F_k alone, and zeros
+        logits = run(self.head, ops.reshape(pooled, (-1, *shape)))
+        return (logits[:-1] - logits[-1]) / PROBE, logits[-1]
+
+    def check(self):
+        """Raises a ValueError if an operation of the head is not affine: f(x) + f(y) = f(x + y) + f(0)."""
+        for operation, scale in itertools.product(self.head, (0.1, 1, 10, 100)):
+            x, y = scale * np.random.default_rng(0).normal(size=(2, 8, *operation.input_shape[1:])).astype(np.float32)
+            fx, fy, fxy, f0 = (run([operation], z) for z in (x, y, x + y, 0 * x))
+            if not is_close(fx + fy - f0, fxy, self.tolerance):
+                raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
+
+    def get_config(self):
+        return super().get_config() | {"operations": keras.saving.serialize_keras_object(self.operations)}
+
+
+def run(operations, x):
+    """Applies operations to x; returns (N, C) float32."""
+    for operation in operations:
+        x = operation([x], training=False)
+    return ops.cast(ops.reshape(x, (-1, math.prod(x.shape[1:]))), "float32")
+
+
+def kernel_and_bias(layer):
+    """w_k^c (K, C) and b_c (C,) of a Dense layer or a 1 x 1 convolution."""
+    kernel = ops.cast(ops.reshape(layer.kernel, (-1, layer.kernel.shape[-1])), "float32")
+    return kernel, ops.zeros(kernel.shape[1]) if layer.bias is None else ops.cast(layer.bias, "float32")

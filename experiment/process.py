@@ -1,0 +1,129 @@
+"""How a script starts, is stopped, and ends. Importing this module changes nothing in the process."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+
+from experiment.files import UserError
+
+START = time.monotonic()  # of the process, about
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what `kill` and a service manager send
+RESUME = "stopped; run the same command again, without --fresh, to continue"
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM."""
+
+
+class Signals:
+    """State of the signal handler: whether a signal has to wait, whether one came meanwhile, and the last one."""
+
+    wait, came, number = False, False, signal.SIGINT
+
+
+def start():
+    """Makes the console usable in any state, and imports Keras quietly. Scripts call it before they import Keras."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:  # started without a console
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for names that the console cannot show
+    try:
+        # No log of TensorFlow but errors; a notebook's matplotlib backend would fail outside the notebook.
+        with quiet_stderr(), set_environment(TF_CPP_MIN_LOG_LEVEL="3", MPLBACKEND="agg"):
+            import keras
+
+            keras.config.set_image_data_format("channels_last")  # whatever keras.json says
+            keras.ops.zeros(1)  # initializes the devices, and logs those that are missing
+    except (ImportError, ValueError) as error:
+        print(f"Keras cannot be imported ({error}); see requirements.txt and KERAS_BACKEND", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """Sends file descriptor 2 to nowhere: TensorFlow 2.21 logs its start-up there whatever its settings are."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    sys.stderr.flush()
+    try:
+        with open(os.devnull, "w") as devnull:
+            os.dup2(devnull.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+@contextlib.contextmanager
+def set_environment(**variables):
+    """Sets environment variables, and restores them at the end."""
+    earlier = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in earlier.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def run_script(name, main, settings, stopped="stopped"):
+    """Runs `main(settings)`, and turns what ends it early into one line on standard error and an exit code.
+
+    A `UserError` or `OSError` exits with code 2, Ctrl-C and SIGTERM with 128 + the number of the signal. The signal
+    handlers that the process had are restored in any case.
+
+    Args:
+        name: Name of the script, for the message of an error.
+        main: Function of the settings.
+        settings: Its argument.
+        stopped: The line after Ctrl-C or SIGTERM.
+    """
+    Signals.wait, Signals.number = False, signal.SIGINT
+    earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
+    try:
+        for number, handler in earlier.items():
+            if handler is not signal.SIG_IGN:  # as with `nohup` or in the background
+                signal.signal(number, stop)
+        main(settings)
+    except (UserError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(128 + Signals.number)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def stop(number, frame):
+    """The signal handler."""
+    Signals.number = number
+    if not Signals.wait:
+        raise Stopped
+    Signals.came = True
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Delays Ctrl-C and SIGTERM to the end of the block, where they raise `Stopped`."""
+    Signals.wait, Signals.came = True, False
+    try:
+        yield
+    finally:
+        Signals.wait = False
+    if Signals.came:
+        raise Stopped
