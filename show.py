@@ -23,6 +23,7 @@ if __name__ == "__main__":
     process.start()
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -73,16 +74,13 @@ def show(settings):
 
 def figure_names(paths):
     """A name for the figure of each image: cam_NAME, or cam_FOLDER_NAME or cam_FOLDER_NAME_2 if that is taken."""
-    stems, names = [path.stem for path in paths], []
+    stems, counts, names = Counter(path.stem for path in paths), Counter(), []
     for path in paths:
-        first = f"cam_{path.stem}"
-        if stems.count(path.stem) > 1:
-            first = f"cam_{path.resolve().parent.name}_{path.stem}"
-        name, count = first, 1
-        while name in names:
-            count += 1
-            name = f"{first}_{count}"
-        names.append(name)
+        name = f"cam_{path.stem}"
+        if stems[path.stem] > 1:
+            name = f"cam_{path.resolve().parent.name}_{path.stem}"
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
     return names
 
 

@@ -95,7 +95,7 @@ def read_table(path, columns):
         raise UserError(f"{path} must have {columns + 1} numbers a line, separated by tabs; it has {table.shape[1]}")
     check_lines(path, table[:, 0] == np.arange(1, len(table) + 1), "the index is not the number of the line")
     check_lines(path, (table >= 0).all(axis=1), "a number is negative")
-    return table[:, 1:]
+    return np.ascontiguousarray(table[:, 1:])
 
 
 def check_lines(path, good, reason):

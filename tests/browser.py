@@ -74,8 +74,9 @@ class Browser:
     def open(self, address, width=1200, height=900):
         """Opens a file or a URL, in a window of a size in pixels."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.evaluate("globalThis.left = true")
         self.send("Page.navigate", url=address.as_uri() if isinstance(address, Path) else address)
-        self.wait_for("document.readyState === 'complete'")
+        self.wait_for("!globalThis.left && document.readyState === 'complete'")
 
     def evaluate(self, expression):
         """The value of a JavaScript expression in the page; a promise is awaited. An exception is a RuntimeError."""

@@ -7,7 +7,7 @@ from keras import layers
 from skimage import transform
 
 import cam
-from experiment.metrics import predict_class_maps
+from experiment.training import zero_mean_over_classes
 from lenet import lenet
 
 
@@ -32,100 +32,85 @@ def test_all_classes_equal_the_loop():
     np.testing.assert_allclose(maps, naive_class_activation_map(feature_maps, weights), rtol=1e-5, atol=1e-6)
 
 
-def network(channels, units, classes, bias, activation=None, dropout=False):
-    images = keras.Input((None, None, channels))
-    x = layers.Conv2D(units, 3, strides=2, padding="same", activation="relu")(images)
-    x = layers.GlobalAveragePooling2D()(x)
-    if dropout:
-        x = layers.Dropout(0.5)(x)
-    dense = layers.Dense(classes, use_bias=bias, activation=activation, bias_initializer="random_normal")
-    return keras.Model(images, dense(x))
+def naive_lenet_maps(model, images):
+    """f_k of the model, and M_c by the loop."""
+    feature_maps = keras.Model(model.input, model.get_layer("feature_maps").output).predict(images, verbose=0)
+    return naive_class_activation_map(feature_maps, np.asarray(model.get_layer("softmax_weights").kernel))
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("bias", "dropout"), [(False, False), (True, False), (True, True)])
-def test_score_is_the_mean_of_the_map(seed, bias, dropout):
-    """S_c = mean over the locations of M_c, plus the bias; S_c as the network itself computes it."""
-    keras.utils.set_random_seed(seed)
-    model = network(channels=3, units=16, classes=7, bias=bias, dropout=dropout)
-    images = np.random.default_rng(seed).uniform(0, 1, (4, 19, 30, 3)).astype("float32")
+def random_lenet(**arguments):
+    keras.utils.set_random_seed(0)
+    model = lenet(**arguments)
+    model.get_layer("softmax_weights").kernel.assign(random_features((64, 10)))
+    return model
+
+
+def random_images(height, width, count=2):
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 1), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("size", [(12, 16), (13, 10), (5, 3)])
+def test_maps_are_those_of_the_loop_and_their_mean_is_the_score(precision, size):
+    """Equation (2), and S_c = mean over the locations of M_c; S_c as the network itself computes it."""
+    model, images = random_lenet(precision=precision), random_images(*size)
     scores, maps = cam.class_activation_model(model).predict(images, verbose=0)
-    assert maps.shape == (4, 10, 15, 7)
-    offset = np.asarray(model.layers[-1].bias) if bias else 0
-    expected = np.asarray(model(images))
-    tolerance = 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(maps.mean(axis=(1, 2)) + offset, expected, rtol=1e-5, atol=tolerance)
-    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=tolerance)
-
-
-def test_score_is_the_logit_where_the_network_ends_in_a_softmax():
-    model = network(channels=1, units=8, classes=5, bias=True, activation="softmax")
-    images = np.random.default_rng(0).uniform(0, 1, (2, 8, 8, 1)).astype("float32")
-    scores, _ = cam.class_activation_model(model).predict(images, verbose=0)
-    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-    np.testing.assert_allclose(
-        exponentials / exponentials.sum(axis=1, keepdims=True), np.asarray(model(images)), rtol=1e-5
-    )
+    assert (scores.dtype, maps.dtype) == (np.float32, np.float32)
+    assert maps.shape == (2, -(-size[0] // 4), -(-size[1] // 4), 10)
+    scale = np.abs(maps).max()
+    np.testing.assert_allclose(maps, naive_lenet_maps(model, images), atol=1e-5 * scale)
+    np.testing.assert_allclose(scores, model.predict(images, verbose=0), atol=1e-5 * scale)
+    np.testing.assert_allclose(maps.mean(axis=(1, 2)), scores, atol=1e-5 * scale)
 
 
 def test_with_max_pooling_the_scores_are_the_networks_own_and_the_maps_follow_equation_2():
-    model = lenet(pooling="max")
-    images = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 1), dtype=np.uint8)
+    model, images = random_lenet(pooling="max"), random_images(12, 16)
     scores, maps = cam.class_activation_model(model).predict(images, verbose=0)
-    np.testing.assert_allclose(scores, np.asarray(model(images)), rtol=1e-5)
-    features = keras.Model(model.input, model.get_layer("feature_maps").output)(images)
-    expected = cam.class_activation_map(features, model.get_layer("softmax_weights").kernel)
-    np.testing.assert_allclose(maps, np.asarray(expected), rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("size", [(100, 100), (101, 99), (30, 50), (5, 3)])
-def test_lenet_of_any_size(size):
-    keras.utils.set_random_seed(0)
-    model = lenet()
-    images = np.random.default_rng(0).integers(0, 256, (2, *size, 1), dtype=np.uint8)
-    scores, maps = cam.class_activation_model(model).predict(images, verbose=0)
-    assert maps.shape == (2, -(-size[0] // 4), -(-size[1] // 4), 10)
-    expected = np.asarray(model(images))
-    np.testing.assert_allclose(maps.mean(axis=(1, 2)), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-    first, second = maps[0, :, :, 0], maps[0, :, :, 1]
-    assert np.abs(first - second).max() > 1e-3 * np.abs(maps).max(), "two classes have the same map"
-
-
-def test_dropout_after_the_dense_layer():
-    images = keras.Input((8, 8, 1))
-    x = layers.GlobalAveragePooling2D()(layers.Conv2D(2, 3)(images))
-    model = keras.Model(images, layers.Dropout(0.5)(layers.Dense(3)(x)))
-    photos = np.random.default_rng(0).uniform(0, 1, (2, 8, 8, 1)).astype("float32")
-    scores, maps = cam.class_activation_model(model).predict(photos, verbose=0)
-    np.testing.assert_allclose(scores, np.asarray(model(photos)), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(scores, maps.mean(axis=(1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(scores, model.predict(images, verbose=0), rtol=1e-5)
+    np.testing.assert_allclose(maps, naive_lenet_maps(model, images), rtol=1e-4, atol=1e-5)
 
 
 def test_the_maps_follow_the_training_of_the_model():
-    model = network(channels=1, units=4, classes=3, bias=False)
-    maps_of = cam.class_activation_model(model)
-    images = np.ones((1, 6, 6, 1), "float32")
-    _, before = maps_of.predict(images, verbose=0)
-    model.layers[-1].kernel.assign(2 * model.layers[-1].kernel)
-    _, after = maps_of.predict(images, verbose=0)
-    np.testing.assert_allclose(after, 2 * before, rtol=1e-6)
+    model, images = random_lenet(location_dropout=0.3), random_images(12, 16, count=8)
+    cam_model = cam.class_activation_model(model)
+    before = cam_model.predict(images, verbose=0)[1]
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
+    model.fit(images, np.arange(8), epochs=2, verbose=0)
+    scores, maps = cam_model.predict(images, verbose=0)
+    assert np.abs(maps - before).max() > 1e-3 * np.abs(maps).max()
+    np.testing.assert_allclose(maps, naive_lenet_maps(model, images), atol=1e-5 * np.abs(maps).max())
+    np.testing.assert_allclose(scores, model.predict(images, verbose=0), rtol=1e-4, atol=1e-4)
 
 
-def test_the_maps_of_one_class_per_image():
-    keras.utils.set_random_seed(0)
-    cam_model = cam.class_activation_model(network(channels=1, units=4, classes=5, bias=True))
-    images = np.random.default_rng(0).uniform(0, 1, (5, 9, 8, 1)).astype("float32")
-    expected_scores, expected = cam_model.predict(images, verbose=0)
-    scores, maps = predict_class_maps(cam_model, images, [4, 0, 3, 3, 1], batch_size=2)
-    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
-    for index, c in enumerate([4, 0, 3, 3, 1]):
-        np.testing.assert_allclose(maps[index], expected[index, :, :, c], rtol=1e-5, atol=1e-7)
+def test_a_model_of_maps_is_saved_and_loaded(tmp_path):
+    cam_model, images = cam.class_activation_model(random_lenet()), random_images(12, 16)
+    cam_model.save(tmp_path / "cam.keras")
+    loaded = keras.models.load_model(tmp_path / "cam.keras")
+    for found, expected in zip(loaded.predict(images, verbose=0), cam_model.predict(images, verbose=0), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def classifier(**dense):
+    images = keras.Input((8, 8, 1))
+    f = layers.Conv2D(4, 3, name="last_convolution")(images)
+    return keras.Model(images, layers.Dense(3, name="logits", **dense)(layers.GlobalAveragePooling2D()(f)))
+
+
+def test_layers_of_other_names_and_layers_that_do_not_fit():
+    images = random_images(8, 8).astype(np.float32)
+    cam_model = cam.class_activation_model(classifier(use_bias=False), "last_convolution", "logits")
+    scores, maps = cam_model.predict(images, verbose=0)
+    np.testing.assert_allclose(maps.mean(axis=(1, 2)), scores, rtol=1e-4, atol=1e-4)
+    for dense in {}, {"use_bias": False, "activation": "softmax"}:
+        with pytest.raises(ValueError, match="'logits' must be Dense"):
+            cam.class_activation_model(classifier(**dense), "last_convolution", "logits")
+    with pytest.raises(ValueError, match="feature_maps"):
+        cam.class_activation_model(classifier(use_bias=False))
 
 
 def test_zero_mean_over_classes_changes_no_probability():
     weights, features = random_features((6, 5)), random_features((3, 6), 1)
-    centred = np.asarray(cam.zero_mean_over_classes(weights))
+    centred = np.asarray(zero_mean_over_classes(weights))
     np.testing.assert_allclose(centred.sum(axis=1), 0, atol=1e-6)
     probabilities = [np.asarray(keras.ops.softmax(features @ w)) for w in (weights, centred)]
     np.testing.assert_allclose(*probabilities, rtol=1e-5)

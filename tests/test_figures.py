@@ -1,19 +1,20 @@
-"""figures.py, what it is made of (grid.py, units.py), and the atomic writes of files.py."""
+"""figures.py, what it is made of (pictures.py, units.py), and the atomic writes of files.py."""
+
+import os
+import resource
 
 import keras
 import matplotlib
 import numpy as np
 import pytest
-from keras import layers
 from PIL import Image
 
-from alexnet import alexnet
 from cam import bounding_box, class_activation_model, normalize, overlay, upsample
 from data.dataset import Split
-from experiment import figures, grid
+from experiment import figures, pictures
 from experiment.files import atomic_write
-from experiment.units import get_softmax_weights, largest_terms, receptive_field, unit_model
-from lenet import lenet
+from experiment.units import get_softmax_weights, largest_terms, unit_model
+from lenet import RECEPTIVE_FIELD, lenet
 
 
 def test_a_file_is_complete_or_the_old_one(tmp_path):
@@ -40,7 +41,7 @@ def test_a_file_is_complete_or_the_old_one(tmp_path):
 )
 def test_pictures_are_enlarged_by_whole_numbers(size, enlarged):
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    large = grid.enlarge(picture)
+    large = pictures.enlarge(picture)
     assert large.shape == (*enlarged, 3)
     times = enlarged[0] // size[0]
     np.testing.assert_array_equal(large[::times, times - 1 :: times], picture)
@@ -48,7 +49,7 @@ def test_pictures_are_enlarged_by_whole_numbers(size, enlarged):
 
 def test_pictures_are_saved_as_they_are(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
-    grid.save_picture(picture, tmp_path / "picture.png")
+    pictures.save_picture(picture, tmp_path / "picture.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "picture.png")), picture)
 
 
@@ -80,7 +81,7 @@ def test_maps_of_very_narrow_images_and_boxes_of_a_pixel(size, tmp_path):
 @pytest.mark.parametrize("text", ["cat", "Würfel", "цифра", "αβγ", "قط"])
 def test_class_names_in_any_script_are_drawn(text):
     """Each character as itself, not as the box that stands for a missing one."""
-    font = grid.load_font(20, text)
+    font = pictures.load_font(20, text)
     missing = bytes(font.getmask("\uffff"))
     assert all(bytes(font.getmask(character)) != missing for character in text)
 
@@ -88,91 +89,40 @@ def test_class_names_in_any_script_are_drawn(text):
 @pytest.mark.filterwarnings("error")
 def test_what_no_font_has_is_drawn_as_boxes(tmp_path):
     picture = Image.new("RGB", (100, 100), "red")
-    grid.save_grid(tmp_path / "grid.png", [[(picture, "\U00012000\U00013000: S = 1.0", "black")]])
+    pictures.save_grid(tmp_path / "grid.png", [[(picture, "\U00012000\U00013000: S = 1.0", "black")]])
     title = np.asarray(Image.open(tmp_path / "grid.png"))[:24]
     assert title.min() < 100
 
 
 @pytest.fixture(scope="module", params=["average", "max"])
 def network(request):
-    """A LeNet of 64 units and three classes, its maps, and 40 images of 20 x 24 pixels."""
+    """A LeNet of 64 units and three classes, and 40 images of 20 x 24 pixels."""
     keras.utils.set_random_seed(3)
     model = lenet(classes=3, pooling=request.param)
     for name in ("conv1", "conv2", "softmax_weights"):
         model.get_layer(name).kernel.assign(10 * model.get_layer(name).kernel)
     images = np.random.default_rng(4).integers(0, 256, (40, 20, 24, 1), dtype=np.uint8)
-    return model, class_activation_model(model), images
+    return model, images
 
 
-def test_terms_and_rest_add_up_to_the_map_and_their_parts_to_the_score(network):
-    model, cam_model, images = network
-    outputs = unit_model(cam_model).predict(images, verbose=0)
-    logits, all_maps = cam_model.predict(images, verbose=0)
+def test_terms_and_rest_add_up_to_the_map_and_their_contributions_to_the_score(network):
+    model, images = network
+    outputs = unit_model(model).predict(images, verbose=0)
+    logits, all_maps = class_activation_model(model).predict(images, verbose=0)
     weights = model.get_layer("softmax_weights").kernel.numpy()  # (K, C)
-    np.testing.assert_allclose(get_softmax_weights(cam_model), weights, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(get_softmax_weights(unit_model(model)), weights)
     for index, (feature_maps, pooled) in enumerate(zip(*outputs[:2], strict=True)):
         c = index % 3
         terms = largest_terms(feature_maps, pooled, weights[:, c])
         scale = np.abs(all_maps[index]).max()
         np.testing.assert_allclose(terms.maps.sum(axis=2), all_maps[index, :, :, c], atol=1e-5 * scale)
-        np.testing.assert_allclose(terms.parts.sum(), logits[index, c], atol=1e-5 * scale)
+        np.testing.assert_allclose(terms.contributions.sum(), logits[index, c], atol=1e-5 * scale)
         largest = sorted(range(64), key=lambda k: -abs(weights[k, c] * pooled[k]))[:5]
         assert terms.units.tolist() == largest
         for place, k in enumerate(largest):
             assert terms.weights[place] == weights[k, c]
-            np.testing.assert_allclose(terms.parts[place], weights[k, c] * pooled[k], rtol=1e-6)
+            np.testing.assert_allclose(terms.contributions[place], weights[k, c] * pooled[k], rtol=1e-6)
             np.testing.assert_allclose(terms.maps[:, :, place], weights[k, c] * feature_maps[:, :, k], rtol=1e-6)
-
-
-def dilated():
-    images = keras.Input((None, None, 1))
-    x = layers.ZeroPadding2D(((1, 0), (2, 3)))(images)
-    x = layers.Conv2D(2, 3, dilation_rate=2, kernel_initializer="ones")(x)
-    x = layers.Conv2D(2, (4, 2), strides=3, padding="same", kernel_initializer="ones")(x)
-    return keras.Model(images, layers.AveragePooling2D((1, 2), strides=1, padding="same")(x))
-
-
-@pytest.mark.parametrize(
-    ("network", "size", "lengths"),
-    [
-        (lenet, (100, 100), (16, 16)),
-        (lenet, (41, 30), (16, 16)),
-        (lambda: alexnet(2), (260, 99), (195, 195)),
-        (dilated, (23, 40), (8, 9)),
-    ],
-)
-def test_a_location_depends_on_its_receptive_field_and_on_nothing_else(network, size, lengths):
-    """Where a pixel changes a location of the feature maps, computed by changing each row and each column."""
-    keras.utils.set_random_seed(0)
-    model = network()
-    if model.name in ("lenet", "alexnet"):
-        model = keras.Model(model.input, model.get_layer("feature_maps").output)
-    for layer in model.layers:
-        if hasattr(layer, "kernel"):  # positive, so that nothing hides behind a ReLU
-            layer.kernel.assign(np.abs(layer.kernel) + 1e-3)
-    field = receptive_field(model, *size)
-    channels = model.input_shape[-1]
-    rng = np.random.default_rng(0)
-    image = rng.uniform(200, 201, (1, *size, channels)).astype(np.float32)
-    plain = model(image).numpy().sum(axis=-1)[0]
-    for axis in (0, 1):
-        start, stride, length = field[axis]
-        assert length == lengths[axis]
-        locations = plain.shape[axis]
-        depends = np.zeros((locations, size[axis]), bool)
-        for pixel in range(size[axis]):
-            changed = image.copy()
-            changed[(slice(None),) * (1 + axis) + (pixel,)] += 50
-            difference = model(changed).numpy().sum(axis=-1)[0] != plain
-            depends[:, pixel] = difference.any(axis=1 - axis)
-        for location in range(locations):
-            first, last = start + stride * location, start + stride * location + length
-            expected = np.arange(max(first, 0), min(last, size[axis]))
-            found = np.flatnonzero(depends[location])
-            if model.input_shape[-1] == 3 and (first < 11 or last > size[axis] - 11):
-                assert set(found) <= set(expected)  # max pooling never takes what AlexNet's zero padding dims
-            else:
-                np.testing.assert_array_equal(found, expected)
 
 
 def test_patterns_are_the_images_with_the_highest_scores_of_their_class(tmp_path):
@@ -180,7 +130,7 @@ def test_patterns_are_the_images_with_the_highest_scores_of_their_class(tmp_path
     images, labels = rng.integers(0, 256, (30, 20, 24, 1), dtype=np.uint8), np.arange(30) % 2
     logits, maps = rng.normal(size=(30, 2)), rng.normal(size=(30, 5, 6)).astype(np.float32)
     scores = logits[range(30), labels]
-    figures.save_patterns(tmp_path / "patterns.png", Split(images, labels, None), logits, maps, ["a", "b"])
+    figures.save_patterns(tmp_path / "patterns.png", (images, labels), logits, maps, ["a", "b"])
     picture = np.asarray(Image.open(tmp_path / "patterns.png"))
     height, width = 167, 200  # of an image
     title = picture.shape[0] // 2 - height
@@ -208,7 +158,7 @@ def test_units_are_shown_at_their_strongest_place(tmp_path):
     images = rng.integers(1, 256, (10, 20, 24, 1), dtype=np.uint8)
     responses = rng.uniform(size=(10, 5, 6, 2)).astype(np.float32)
     responses[3, 0, 0, 0], responses[7, 4, 5, 0] = 3, 2
-    field = [(-2, 4, 8), (-2, 4, 8)]
+    field = {"start": -2, "stride": 4, "length": 8}
     figures.save_units(tmp_path / "units.png", images, responses, ["unit 1", "unit 2"], field)
     picture = np.asarray(Image.open(tmp_path / "units.png").convert("L"))
     side, cell = 100, picture.shape[1] // 2
@@ -233,22 +183,28 @@ def test_units_that_see_most_of_the_image_are_shown_as_maps(tmp_path):
     rng = np.random.default_rng(7)
     images = rng.integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
     responses = rng.uniform(size=(3, 5, 5, 1)).astype(np.float32)
-    figures.save_units(tmp_path / "units.png", images, responses, ["unit"], [(-10, 4, 30), (-10, 4, 30)])
+    figures.save_units(tmp_path / "units.png", images, responses, ["unit"], None)
     picture = np.asarray(Image.open(tmp_path / "units.png"))
     best = responses[..., 0].max(axis=(1, 2)).argmax()
     expected = overlay(images[best], normalize(upsample(responses[best, :, :, 0][None], 20, 20)[0]))
     np.testing.assert_array_equal(picture[-100:, :100][2::5, 2::5], expected)
 
 
-def test_the_figures_of_a_run(network, tmp_path):
-    _, cam_model, images = network
-    history = [{"step": step, "predicted": [0, 1, 2], "images": step, "test_images": 9} for step in (0, 5)]
+def draw(folder, model, split, samples, **options):
+    """Draws the figures of a run with two evaluations; its first images are the samples."""
+    names = [f"class {c}" for c in range(model.output_shape[1])]
+    history = [{"step": step, "predicted": [0] * samples, "images": step, "test_images": 9} for step in (0, 5)]
     history = [row | {"test_accuracy": 0.5} for row in history]
-    test = Split(images, np.arange(40) % 3, None)
-    figures.save_images(tmp_path, images[:3])
+    pictures.save_images(folder, split.images[:samples])
     for step in (0, 5):
-        figures.save_heatmaps(tmp_path, step, images[:3], np.zeros((3, 20, 24), np.float32))
-    figures.save_figures(tmp_path, cam_model, test, ["a", "b", "c"], history)
+        pictures.save_heatmaps(folder, step, split.images[:samples], np.zeros((samples, 20, 24), np.float32))
+    figures.save_figures(folder, model, split, names, history, **options)
+    figures.save_accuracy(folder / "accuracy.png", history)
+
+
+def test_the_figures_of_a_run(network, tmp_path):
+    model, images = network
+    draw(tmp_path, model, Split(images, np.arange(40) % 3, None), 3, receptive_field=RECEPTIVE_FIELD)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
     assert {"accuracy.png", "overview.png", "patterns.png", "units.png"} <= written
     assert {f"img_{k}/{name}.png" for k in range(3) for name in ("classes", "evolution", "procedure")} <= written
@@ -257,15 +213,22 @@ def test_the_figures_of_a_run(network, tmp_path):
 
 
 def test_figures_where_the_first_classes_have_no_test_image(tmp_path):
-    """Classes 11 and 12 of 13, as with folders train/ and test/; before, the first ten were shown."""
+    """Classes 11 and 12 of 13, as with folders train/ and test/."""
     images, labels = np.random.default_rng(5).integers(0, 256, (4, 20, 24, 1), dtype=np.uint8), np.array([11, 12] * 2)
-    history = [{"step": 0, "predicted": [11, 12], "images": 0, "test_images": 4, "test_accuracy": 0.5}]
-    figures.save_images(tmp_path, images[:2])
-    figures.save_heatmaps(tmp_path, 0, images[:2], np.zeros((2, 20, 24), np.float32))
-    cam_model, names = class_activation_model(lenet(classes=13)), [f"class {c}" for c in range(13)]
-    figures.save_figures(tmp_path, cam_model, Split(images, labels, None), names, history)
+    draw(tmp_path, lenet(classes=13), Split(images, labels, None), 2)
     assert Image.open(tmp_path / "patterns.png").width == 2 * 208  # two images of each class
     assert (tmp_path / "units.png").exists()
+
+
+def test_many_classes_among_the_samples_need_few_open_files(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    images = np.random.default_rng(5).integers(0, 256, (60, 20, 24, 1), dtype=np.uint8)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        draw(tmp_path, lenet(classes=60), Split(images, np.arange(60), None), 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (tmp_path / "overview.png").exists()
 
 
 def test_accuracy_of_each_class_and_confusion_matrix(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """exact_maps.py with the forms of networks that have an exact class activation map, and some that have not."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 import pytest
@@ -281,6 +283,43 @@ def test_the_maps_follow_the_training(build):
     model.fit(images, np.arange(8) % CLASSES, epochs=3, verbose=0)
     assert_exact(cam_model, model.predict(images, verbose=0), images)
     assert np.abs(cam_model.predict(images, verbose=0)[1] - before).max() > 0.01
+
+
+def two_linear_layers_after_batch_normalization():
+    return classifier(lambda f: dense()(dense(classes=7)(layers.BatchNormalization()(gap()(f)))))
+
+
+@pytest.mark.parametrize(
+    ("build", "is_read"),
+    [
+        *((build, True) for build in (functional, no_bias, several_sigmoids, mobilenet, sequential_with_a_nested_head)),
+        *((build, True) for build in (convolution_with_softmax_and_flatten, nested_backbone_that_pools)),
+        *((build, False) for build in (scaled_logits, second_linear_dense_layer, squeezenet)),
+        *((build, False) for build in (flatten_dropout_noise_and_batch_normalization,)),
+        (two_linear_layers_after_batch_normalization, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_the_kernel_is_read_where_the_head_is_one_layer(build, is_read):
+    layer = exact_cam_model(build()).get_layer("logits_and_maps")
+    assert (layer.kernel_layer is not None) == is_read
+
+
+def test_several_threads_get_right_results():
+    """Of the network, whose last layer has a softmax, and of its maps."""
+    keras.utils.set_random_seed(1)
+    model = functional()
+    images = ops.convert_to_tensor(inputs_of(model))
+    cam_model = exact_cam_model(model)
+    expected = [np.asarray(output) for output in (model(images), *cam_model(images))]
+
+    def compute(_):
+        return [np.asarray(output) for output in (model(images), *cam_model(images))]
+
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(compute, range(200)):
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("mode", ["mixed_bfloat16", "mixed_float16", "int8", "int4"])

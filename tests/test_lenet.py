@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from cam import zero_mean_over_classes
-from lenet import lenet, lsuv_init
+from experiment.training import keep_zero_mean_over_classes
+from lenet import RECEPTIVE_FIELD, lenet, scale_to_unit_logits
 
 
 def naive_lenet(images, conv1, bias1, conv2, bias2, weights):
@@ -76,12 +76,12 @@ def test_the_originals_initialization():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lsuv_init(seed):
+def test_logits_of_unit_variance(seed):
     keras.utils.set_random_seed(seed)
     model = lenet()
     before = model.get_weights()
     images = np.random.default_rng(seed).integers(0, 256, (16, 40, 40, 1), dtype=np.uint8)
-    lsuv_init(model, images)
+    scale_to_unit_logits(model, images)
     assert np.std(np.asarray(model(images))) == pytest.approx(1, rel=1e-3)
     deviations = [value.std() for value in model.get_weights() if value.ndim > 1]
     np.testing.assert_allclose(deviations, deviations[0], rtol=1e-4)
@@ -98,11 +98,9 @@ def test_centred_weights_predict_the_same_and_stay_centred():
     free, centred = lenet(), lenet()
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (32, 40, 40, 1), dtype=np.uint8), np.eye(10)[rng.integers(0, 10, 32)]
-    lsuv_init(free, images)
+    scale_to_unit_logits(free, images)
     centred.set_weights(free.get_weights())
-    kernel = centred.get_layer("softmax_weights").kernel
-    kernel.constraint = zero_mean_over_classes
-    kernel.assign(zero_mean_over_classes(kernel))
+    keep_zero_mean_over_classes(centred.get_layer("softmax_weights"))
     probabilities = [np.asarray(keras.ops.softmax(model(images))) for model in (free, centred)]
     np.testing.assert_allclose(*probabilities, atol=1e-5)
     drift = []
@@ -120,8 +118,30 @@ def test_bfloat16_gives_float32_logits_near_those_of_float32():
     keras.utils.set_random_seed(0)
     exact, mixed = lenet(), lenet(precision="mixed_bfloat16")
     images = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 1), dtype=np.uint8)
-    lsuv_init(exact, images)
+    scale_to_unit_logits(exact, images)
     mixed.set_weights(exact.get_weights())
     assert mixed.get_layer("conv2").compute_dtype == "bfloat16"
     assert keras.backend.standardize_dtype(mixed(images).dtype) == "float32"
     np.testing.assert_allclose(np.asarray(mixed(images)), np.asarray(exact(images)), atol=0.05)
+
+
+@pytest.mark.parametrize("size", [(100, 100), (41, 30)])
+def test_a_location_depends_on_its_receptive_field_and_on_nothing_else(size):
+    """Found by changing each row and each column of an image."""
+    keras.utils.set_random_seed(0)
+    model = lenet()
+    for layer in ("conv1", "conv2"):  # positive, so that nothing hides behind a ReLU
+        model.get_layer(layer).kernel.assign(np.abs(model.get_layer(layer).kernel) + 1e-3)
+    feature_maps = keras.Model(model.input, model.get_layer("feature_maps").output)
+    image = np.random.default_rng(0).uniform(200, 201, (*size, 1)).astype(np.float32)
+    start, stride, length = (RECEPTIVE_FIELD[name] for name in ("start", "stride", "length"))
+    for axis in (0, 1):
+        changed = np.stack([image] * (size[axis] + 1))  # the last stays as it is
+        for pixel in range(size[axis]):
+            changed[pixel].swapaxes(0, axis)[pixel] += 50
+        *found, plain = feature_maps.predict(changed, verbose=0).sum(axis=-1)
+        depends = (np.array(found) != plain).any(axis=2 - axis)  # (pixels, locations)
+        for location in range(depends.shape[1]):
+            first, last = start + stride * location, start + stride * location + length
+            expected = np.arange(max(first, 0), min(last, size[axis]))
+            np.testing.assert_array_equal(np.flatnonzero(depends[:, location]), expected)

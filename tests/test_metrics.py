@@ -39,7 +39,7 @@ def boxes():
 
 
 def measure_all(maps, boxes, all_metrics=False):
-    return [metrics.measure(class_map, of_image, all_metrics) for class_map, of_image in zip(maps, boxes, strict=True)]
+    return [metrics.measure_map(class_map, box, all_metrics) for class_map, box in zip(maps, boxes, strict=True)]
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -47,7 +47,7 @@ def test_measures_are_those_of_a_naive_computation(maps, boxes, count):
     """Of several boxes the best IoU, and their union."""
     for index, class_map in enumerate(maps):
         of_image = np.roll(boxes, index, axis=0)[:count]
-        found = metrics.measure(class_map, of_image[0] if count == 1 else of_image)
+        found = metrics.measure_map(class_map, of_image[0] if count == 1 else of_image)
         assert found["iou"] == pytest.approx(max(naive_iou(bounding_box(class_map), box) for box in of_image))
         union = {(y, x) for x0, y0, x1, y1 in of_image for y in range(y0, y1) for x in range(x0, x1)}
         assert found["pointing"] == (np.unravel_index(class_map.argmax(), class_map.shape) in union)
@@ -89,9 +89,8 @@ def test_ranks_decide_top_1_and_top_5():
     class_map = np.zeros((20, 20), np.float32)
     class_map[5:9, 4:10] = 1
     boxes = [(4, 5, 10, 9), [(0, 0, 2, 2), (4, 5, 10, 9)], (4, 5, 10, 9), (0, 0, 2, 2)]
-    logits = np.arange(10.0)
-    predictions = [(logits, label, class_map, box) for label, box in zip((9, 5, 4, 9), boxes, strict=True)]
-    found = metrics.localize(predictions, 4)
+    ranks = metrics.ranks(np.arange(10.0)[None].repeat(4, axis=0), np.array([9, 5, 4, 9]))
+    found = metrics.summarize([metrics.measure_map(class_map, box) for box in boxes], ranks)
     assert (found["gt_known"], found["top1"], found["top5"]) == (0.75, 0.25, 0.5)
 
 
@@ -135,24 +134,40 @@ def test_perfect_maps_measure_one():
     assert set(found.values()) == {1.0}
 
 
-def test_evaluate_is_the_same_whatever_the_chunks(monkeypatch):
+class FixedModel:
+    """In the place of a model: its images are indices into given logits and maps."""
+
+    def __init__(self, logits, maps):
+        self.logits, self.maps = logits, maps
+
+    def predict_on_batch(self, images):
+        indices = images[:, 0, 0, 0]
+        return self.logits[indices], self.maps[indices]
+
+
+def split_of(count, labels, boxes=None):
+    return Split(np.broadcast_to(np.arange(count)[:, None, None, None], (count, 24, 20, 1)), labels, boxes)
+
+
+def test_evaluate_is_the_same_whatever_the_batches(monkeypatch):
     rng = np.random.default_rng(0)
-    maps, logits = rng.normal(size=(7, 6, 5)).astype(np.float32), rng.normal(size=(7, 10))
-    images, labels, boxes = np.zeros((7, 24, 20, 1), np.uint8), rng.integers(0, 10, 7), np.tile([2, 3, 9, 11], (7, 1))
+    maps, logits = rng.normal(size=(7, 6, 5, 10)).astype(np.float32), rng.normal(size=(7, 10))
+    labels, boxes = rng.integers(0, 10, 7), np.tile([2, 3, 9, 11], (7, 1))
     labels[:3] = logits[:3].argmax(axis=1)
-    tested = Split(images, labels, boxes)
-    whole = metrics.evaluate(logits, maps, tested, all_metrics=True)
-    monkeypatch.setattr(metrics, "CHUNK", 3)
-    assert metrics.evaluate(logits, maps, tested, all_metrics=True) == pytest.approx(whole, rel=1e-6)
-    right = logits.argmax(axis=1) == labels
-    assert whole["accuracy"] == right.mean()
+    model, tested = FixedModel(logits, maps), split_of(7, labels, boxes)
+    whole, predicted = metrics.evaluate(model, tested, all_metrics=True)
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 3)
+    assert metrics.evaluate(model, tested, all_metrics=True)[0] == pytest.approx(whole, rel=1e-6)
+    np.testing.assert_array_equal(predicted, logits.argmax(axis=1))
+    assert whole["accuracy"] == (predicted == labels).mean()
     ranks = np.array([sorted(-scores).index(-scores[label]) for scores, label in zip(logits, labels, strict=True)])
-    found_metrics = metrics.summarize(measure_all(upsample(maps, 24, 20), boxes), ranks)
-    assert {name: whole[name] for name in found_metrics} == pytest.approx(found_metrics, rel=1e-6)
-    assert list(metrics.evaluate(logits, maps, tested._replace(boxes=None))) == ["accuracy"]
+    of_true_class = maps[range(7), :, :, labels]
+    found = metrics.summarize(measure_all(upsample(of_true_class, 24, 20), boxes, all_metrics=True), ranks)
+    assert {name: whole[name] for name in found} == pytest.approx(found, rel=1e-6)
+    assert list(metrics.evaluate(model, split_of(7, labels))[0]) == ["accuracy"]
 
 
 def test_logits_of_a_diverged_model_are_refused():
-    tested = Split(np.zeros((2, 8, 8, 1), np.uint8), np.array([1, 2]), None)
+    model = FixedModel(np.array([[1.0] * 10, [np.nan] * 10]), np.ones((2, 2, 2, 10)))
     with pytest.raises(UserError, match="NaN"):
-        metrics.evaluate(np.array([[1.0] * 10, [np.nan] * 10]), np.ones((2, 2, 2)), tested)
+        metrics.evaluate(model, split_of(2, np.array([1, 2])))

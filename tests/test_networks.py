@@ -7,11 +7,12 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, run, write_data
+from conftest import assert_one_line_error, call, write_data
 from keras import layers
 
+import mnist
 from experiment.files import UserError
-from experiment.networks import keras_application, load_images_settings, load_network, to_cam_model
+from experiment.networks import keras_application, load_network, load_preprocessing, to_cam_model
 from lenet import lenet
 
 # What refuses the others: the layer that is not affine, or takes the place of pooling.
@@ -47,14 +48,14 @@ def test_the_originals_checkpoint_is_its_network_on_one_channel(checkpoint):
     rgb = lenet(channels=3)
     rgb.set_weights(list(weights.values()))
     np.testing.assert_allclose(model(images), rgb(images.repeat(3, axis=3)), rtol=1e-4)
-    assert load_images_settings(path)["digit"]
+    assert load_preprocessing(path)["digit"]
 
 
 def test_evaluate_takes_a_checkpoint_and_a_saved_model(checkpoint, tmp_path, random_images):
     path, _ = checkpoint
     data = write_data(tmp_path / "data", random_images, range(10), boxes=[(2, 3, 12, 11)] * 10)
     load_network(path).save(tmp_path / "model.keras")
-    outputs = [run("mnist.py", "--data", data, "--evaluate", file) for file in (path, tmp_path / "model.keras")]
+    outputs = [call(mnist, "--data", data, "--evaluate", file) for file in (path, tmp_path / "model.keras")]
     for process in outputs:
         assert process.returncode == 0, process.stderr
         assert process.stderr == ""
@@ -67,7 +68,7 @@ def test_evaluate_takes_a_checkpoint_and_a_saved_model(checkpoint, tmp_path, ran
 def test_evaluate_takes_a_network_with_max_pooling(tmp_path, random_images):
     data = write_data(tmp_path / "data", random_images, range(10), boxes=[(2, 3, 12, 11)] * 10)
     lenet(pooling="max").save(tmp_path / "model.keras")
-    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "model.keras", "--pooling", "max")
+    process = call(mnist, "--data", data, "--evaluate", tmp_path / "model.keras", "--pooling", "max")
     assert process.returncode == 0, process.stderr
     assert "MaxBoxAcc" in process.stdout
 
@@ -121,7 +122,7 @@ class OwnLayer(layers.Layer):
         ("mine", "export", "is a TensorFlow SavedModel"),
     ],
 )
-def test_what_cannot_be_loaded_is_said_what_it_is(tmp_path, name, save, text):
+def test_unloadable_file_is_named(tmp_path, name, save, text):
     images = keras.Input((8, 8, 1))
     model = keras.Model(images, layers.Dense(2)(layers.GlobalAveragePooling2D()(OwnLayer()(images))))
     written = tmp_path / ("model.weights.h5" if save == "save_weights" else name)
@@ -147,7 +148,7 @@ def test_what_cannot_be_loaded_is_said_what_it_is(tmp_path, name, save, text):
 def test_damaged_settings_of_images_are_named(tmp_path, text):
     (tmp_path / "mine_images.json").write_text(text)
     with pytest.raises(UserError, match=r"mine_images\.json must be like"):
-        load_images_settings(tmp_path / "mine.keras")
+        load_preprocessing(tmp_path / "mine.keras")
 
 
 @pytest.mark.parametrize("name", ["model.npz", "model.keras", "model"])
@@ -166,7 +167,7 @@ def test_no_pickle_is_loaded(tmp_path, name):
 def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):
     data = write_data(tmp_path / "data", random_images, range(10))
     lenet(classes=7).save(tmp_path / "seven.keras")
-    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "seven.keras")
+    process = call(mnist, "--data", data, "--evaluate", tmp_path / "seven.keras")
     assert_one_line_error(process, "seven.keras", "10 classes")
     fixed = keras.Sequential(
         [keras.Input((28, 28, 1)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, use_bias=False)]
@@ -176,18 +177,19 @@ def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):
         [keras.Input((20, 30, 1)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, use_bias=False)]
     )
     fitting.save(tmp_path / "fitting.keras")
-    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "fitting.keras", "--out", tmp_path / "out")
+    process = call(mnist, "--data", data, "--evaluate", tmp_path / "fitting.keras", "--out", tmp_path / "out")
     assert process.returncode == 0, process.stderr
-    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "fixed.keras")
+    process = call(mnist, "--data", data, "--evaluate", tmp_path / "fixed.keras")
     assert_one_line_error(process, "fixed.keras", "30 x 20 pixels and 1 channel(s), and have 10 classes")
-    keras.Sequential([keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)]).save(tmp_path / "unbuilt.keras")
-    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "unbuilt.keras")
+    with pytest.warns(UserWarning, match="not yet been built"):
+        keras.Sequential([layers.GlobalAveragePooling2D(), layers.Dense(10)]).save(tmp_path / "unbuilt.keras")
+    process = call(mnist, "--data", data, "--evaluate", tmp_path / "unbuilt.keras")
     assert_one_line_error(process, "must be functional or Sequential, and built")
     lenet().save(tmp_path / "ranged.keras")
     (tmp_path / "ranged_images.json").write_text('{"pixel_range": [0, 1]}')
-    process = run("mnist.py", "--data", data, "--evaluate", tmp_path / "ranged.keras")
+    process = call(mnist, "--data", data, "--evaluate", tmp_path / "ranged.keras")
     assert_one_line_error(process, 'ranged_images.json is not {"pixel_range": [0, 255]}, which')
-    assert_one_line_error(run("mnist.py", "--data", data, "--evaluate", tmp_path / "none"), "none is missing")
+    assert_one_line_error(call(mnist, "--data", data, "--evaluate", tmp_path / "none"), "none is missing")
 
 
 def test_a_network_of_keras_applications(application):

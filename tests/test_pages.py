@@ -269,9 +269,8 @@ def drawn_run(request, tmp_path_factory):
         keras.utils.set_random_seed(step)
         model = lenet(pooling=request.param)
         scale_to_unit_logits(model, test.images[:32])
-        for name in ("conv1", "conv2"):  # as after some training
-            bias = model.get_layer(name).bias
-            bias.assign(keras.random.normal(bias.shape, stddev=0.1))
+        for name, units in (("conv1", 32), ("conv2", 64)):
+            model.get_layer(name).bias.assign(keras.random.normal([units], stddev=0.1))  # as after some training
         np.savez(out / "weights" / f"{step}.npz", **{weight.path: np.asarray(weight) for weight in model.weights})
         models.append(model)
     write_draw_page(out, models[-1], test.first(30), 100)

@@ -1,21 +1,21 @@
-"""show.py on the command line, and how it treats images."""
+"""show.py on the command line, and predict.py, what it does for Python."""
 
 import signal
-import subprocess
-import sys
 import time
 
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, rows, run
+from conftest import assert_one_line_error, call, rows, run, start
 from keras import layers
 from PIL import Image
 from skimage import transform
 
 import show
-from cam import bounding_box, class_activation_map, class_activation_model, upsample
+from cam import bounding_box, class_activation_map, upsample
+from experiment.exact_maps import exact_cam_model
 from experiment.files import UserError
+from experiment.predict import Network, predict_cams
 from lenet import lenet
 
 
@@ -48,7 +48,7 @@ def photo(path, size=(90, 120), mode="RGB"):
 def test_scores_boxes_and_maps_are_those_of_the_model(color_model, tmp_path):
     path, model = color_model
     pixels = photo(tmp_path / "a.png", (32, 40))
-    process = run("show.py", tmp_path / "a.png", "--model", path, "--top", 6, "--npy", "--out", tmp_path / "out")
+    process = call(show, tmp_path / "a.png", "--model", path, "--top", 6, "--npy", "--out", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     dense, images = model.layers[-1], pixels[None].astype(np.float32)
@@ -88,7 +88,7 @@ def random_image(*size):
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "linear"])
 def test_probabilities_are_those_of_the_network(activation):
     model, image = classifier(activation), random_image(32, 40)
-    cams = show.predict_cams(image, show.Network(model, (0, 1)), top=4)
+    cams = predict_cams(image, Network(model, (0, 1)), top=4)
     output = np.asarray(model(image[None] / np.float32(255)))[0]
     expected = np.asarray(keras.ops.softmax(output)) if activation == "linear" else output
     np.testing.assert_allclose(cams.probabilities, expected[cams.classes], atol=1e-5)
@@ -98,7 +98,7 @@ def test_probabilities_are_those_of_the_network(activation):
 @pytest.mark.parametrize("activation", ["sigmoid", "linear"])
 def test_one_output_is_two_classes(activation):
     model, image = classifier(activation, classes=1), random_image(32, 40)
-    cams = show.predict_cams(image, show.Network(model, (0, 1)), classes=[0, 1])
+    cams = predict_cams(image, Network(model, (0, 1)), classes=[0, 1])
     output = np.asarray(model(image[None] / np.float32(255)))[0, 0]
     positive = output if activation == "sigmoid" else 1 / (1 + np.exp(-output))
     np.testing.assert_allclose(cams.probabilities, [1 - positive, positive], atol=1e-5)
@@ -109,9 +109,9 @@ def test_one_output_is_two_classes(activation):
 
 def test_the_result_of_the_call_from_python():
     model, image = classifier("softmax"), random_image(64, 50)
-    cams = show.predict_cams(image, model, top=2)
+    cams = predict_cams(image, model, top=2)
     resized = transform.resize(image, (32, 40), preserve_range=True, anti_aliasing=True)[None].astype(np.float32)
-    scores, maps = (output[0] for output in class_activation_model(model).predict(resized, verbose=0))
+    scores, maps = (output[0] for output in exact_cam_model(model).predict(resized, verbose=0))
     assert list(cams.classes) == list(np.argsort(-scores)[:2])
     assert cams.names == [str(c) for c in cams.classes]
     np.testing.assert_allclose(cams.scores, scores[cams.classes], rtol=1e-5)
@@ -129,7 +129,7 @@ def test_pixel_range_and_preprocessing():
         (None, "mobilenet_v2"): image / 127.5 - 1,
     }
     for arguments, expected in given.items():
-        network = show.Network(classifier(), *arguments)
+        network = Network(classifier(), *arguments)
         np.testing.assert_allclose(network.preprocess(image), expected, atol=1e-5)
         assert network.preprocess(image).dtype == np.float32
         assert network.range_is_known == bool(arguments)
@@ -138,28 +138,28 @@ def test_pixel_range_and_preprocessing():
 def test_the_console_states_the_range_that_was_not_given(color_model, tmp_path):
     path, _ = color_model
     photo(tmp_path / "a.png")
-    arguments = ["show.py", tmp_path / "a.png", "--model", path, "--out", tmp_path / "out"]
-    assert "mine.keras gets pixels of 0..255" in run(*arguments).stdout
-    assert "0..255" not in run(*arguments, "--pixel-range", 0, 1).stdout
+    arguments = [tmp_path / "a.png", "--model", path, "--out", tmp_path / "out"]
+    assert "mine.keras gets pixels of 0..255" in call(show, *arguments).stdout
+    assert "0..255" not in call(show, *arguments, "--pixel-range", 0, 1).stdout
     (tmp_path / "mine_images.json").write_text('{"pixel_range": [0, 1]}')
-    recorded = run(*arguments).stdout
-    assert recorded == run(*arguments, "--pixel-range", 0, 1).stdout
+    recorded = call(show, *arguments).stdout
+    assert recorded == call(show, *arguments, "--pixel-range", 0, 1).stdout
 
 
 def test_how_a_network_wants_its_images_is_recorded_beside_it(tmp_path):
     model = classifier(size=(None, None, 3))
     model.save(tmp_path / "mine.keras")
     image = random_image(60, 90)
-    assert show.Network(tmp_path / "mine.keras").preprocess(image).shape == (60, 90, 3)
+    assert Network(tmp_path / "mine.keras").preprocess(image).shape == (60, 90, 3)
     (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
-    network = show.Network(tmp_path / "mine.keras")
+    network = Network(tmp_path / "mine.keras")
     assert network.preprocess(image).shape == (30, 45, 3)
     with pytest.raises(UserError, match="too long"):
         network.preprocess(random_image(10, 90))
     (tmp_path / "mine_images.json").write_text('{"digit": true}')
     image = np.zeros((100, 100, 3), np.uint8)
     image[11:31, 21:25] = 255
-    network = show.Network(tmp_path / "mine.keras")
+    network = Network(tmp_path / "mine.keras")
     np.testing.assert_array_equal(network.preprocess(255 - image), image)
 
 
@@ -168,12 +168,12 @@ def test_nothing_depends_on_the_name_of_a_model(name):
     model = classifier(size=(None, None, 3))
     renamed = keras.Model(model.input, model.output, name=name)
     image = random_image(50, 70)
-    np.testing.assert_array_equal(show.Network(renamed).preprocess(image), image)
+    np.testing.assert_array_equal(Network(renamed).preprocess(image), image)
 
 
 def test_one_side_fixed_keeps_the_proportions():
-    assert show.Network(classifier(size=(64, None, 3))).preprocess(random_image(32, 50)).shape == (64, 100, 3)
-    assert show.Network(classifier(size=(None, 25, 1))).preprocess(random_image(32, 50)).shape == (16, 25, 1)
+    assert Network(classifier(size=(64, None, 3))).preprocess(random_image(32, 50)).shape == (64, 100, 3)
+    assert Network(classifier(size=(None, 25, 1))).preprocess(random_image(32, 50)).shape == (16, 25, 1)
 
 
 @pytest.mark.parametrize(
@@ -185,23 +185,23 @@ def test_one_side_fixed_keeps_the_proportions():
 )
 def test_what_takes_no_image_is_refused(build, text):
     with pytest.raises(UserError, match=text):
-        show.Network(build())
+        Network(build())
 
 
 def test_settings_that_do_not_fit_the_network(tmp_path):
     classifier().save(tmp_path / "mine.keras")
     (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
-    with pytest.raises(UserError, match=r"fixed size, and short_side in .*mine_images\.json"):
-        show.Network(tmp_path / "mine.keras")
+    with pytest.raises(UserError, match=r"fixed size, but .*mine_images\.json has short_side"):
+        Network(tmp_path / "mine.keras")
     for preprocess, pixel_range in (("resnet", (0, 1)), (None, (1, 0))):
-        with pytest.raises(UserError, match="--pixel-range"):
-            show.Network(classifier(), pixel_range, preprocess)
+        with pytest.raises(UserError, match="pixel range"):
+            Network(classifier(), pixel_range, preprocess)
     with pytest.raises(UserError, match="grey images"):
-        show.Network(classifier(size=(32, 40, 1)), preprocess="resnet")
+        Network(classifier(size=(32, 40, 1)), preprocess="resnet")
     with pytest.raises(UserError, match="neither a file nor a network"):
-        show.Network("__class__")
+        Network("__class__")
     with pytest.raises(UserError, match="is not a checkpoint"):
-        show.Network(".")
+        Network(".")
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -211,14 +211,14 @@ def test_one_of_several_outputs(name, tmp_path):
     outputs = [layers.Dense(3, "softmax", name="first")(pooled), layers.Dense(4, "softmax", name="second")(pooled)]
     model = keras.Model(images, outputs)
     with pytest.raises(UserError, match="choose one of its outputs: first, second"):
-        show.Network(model)
-    cams = show.predict_cams(random_image(32, 40), show.Network(model, output=name), top=9)
+        Network(model)
+    cams = predict_cams(random_image(32, 40), Network(model, output=name), top=9)
     assert len(cams.classes) == (3 if name == "first" else 4)
 
 
 def test_an_image_too_small_for_the_network(tmp_path):
     with pytest.raises(UserError, match="does not take 5 x 2 pixels; too small"):
-        show.predict_cams(random_image(2, 5), classifier(size=(None, None, 3)))
+        predict_cams(random_image(2, 5), classifier(size=(None, None, 3)))
 
 
 def test_a_large_photo_is_scaled_down_and_its_boxes_are_in_its_own_pixels(tmp_path):
@@ -227,10 +227,10 @@ def test_a_large_photo_is_scaled_down_and_its_boxes_are_in_its_own_pixels(tmp_pa
     Image.fromarray(small).save(tmp_path / "small.png")
     for name in ("large.png", "large.jpg"):
         Image.fromarray(small.repeat(4, axis=0).repeat(4, axis=1)).save(tmp_path / name)
-    network = show.Network(classifier())
-    expected = show.predict_cams(tmp_path / "small.png", network)
+    network = Network(classifier())
+    expected = predict_cams(tmp_path / "small.png", network)
     for name in ("large.png", "large.jpg"):
-        cams = show.predict_cams(tmp_path / name, network)
+        cams = predict_cams(tmp_path / name, network)
         assert max(cams.picture.pixels.shape) == 1024
         assert (cams.picture.height, cams.picture.width) == (2400, 3200)
         assert list(cams.classes) == list(expected.classes)
@@ -245,8 +245,8 @@ def test_a_grey_picture_is_inverted_under_the_colours(tmp_path):
         pixels = np.zeros((40, 40, 3), np.uint8)
         pixels[0, 0, size - 1 :] = 255 if size == 3 else 0
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-        cams = show.predict_cams(tmp_path / f"{name}.png", classifier(size=(40, 40, 3)), top=1)
-        show.draw(tmp_path / "figure.png", name, cams)
+        cams = predict_cams(tmp_path / f"{name}.png", classifier(size=(40, 40, 3)), top=1)
+        show.draw(tmp_path / "figure.png", name, cams, cams.maps)
         shown[name] = np.asarray(Image.open(tmp_path / "figure.png"))[100, 208 + 100].astype(int)
     assert shown["grey"].min() > 100
     np.testing.assert_allclose(shown["grey"] - shown["colour"], 127.5, atol=1)
@@ -257,7 +257,7 @@ def test_images_of_the_same_name_are_all_drawn(lenet_file, tmp_path):
         (tmp_path / folder).mkdir()
         photo(tmp_path / folder / "1.png")
     paths = [tmp_path / "cats/1.png", tmp_path / "dogs/1.png", tmp_path / "dogs/1.png"]
-    process = run("show.py", *paths, "--model", lenet_file, "--top", 1, "--out", tmp_path / "out")
+    process = call(show, *paths, "--model", lenet_file, "--top", 1, "--out", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {"cam_cats_1.png", "cam_dogs_1.png", "cam_dogs_1_2.png", "boxes.csv"}
@@ -285,37 +285,50 @@ def test_boxes_csv(lenet_file, tmp_path):
         assert row["file"] == str(tmp_path / "a.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.5, 2, 4])
 def test_ctrl_c_leaves_no_traceback(lenet_file, tmp_path, delay):
     photo(tmp_path / "a.png")
-    command = [sys.executable, "show.py", *[str(tmp_path / "a.png")] * 2000, "--model", str(lenet_file)]
-    process = subprocess.Popen([*command, "--out", str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    time.sleep(delay)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    with start("show.py", *[tmp_path / "a.png"] * 2000, "--model", lenet_file, "--out", tmp_path) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode not in (0, 1)
     assert "Traceback" not in errors
     assert len(errors.splitlines()) <= 2
 
 
+@pytest.mark.slow
 def test_after_ctrl_c_boxes_csv_has_the_images_that_were_shown(lenet_file, tmp_path):
     photo(tmp_path / "a.png")
-    command = [sys.executable, "show.py", *[str(tmp_path / "a.png")] * 2000, "--model", str(lenet_file), "--top", "1"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], cwd=ROOT, stderr=subprocess.PIPE)
-    end = time.monotonic() + 60
-    while len(list((tmp_path / "out").glob("cam_*.png"))) < 3 and time.monotonic() < end:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    shown, found = len(list((tmp_path / "out").glob("cam_*.png"))), len(rows(tmp_path / "out" / "boxes.csv"))
+    out, images = tmp_path / "out", [tmp_path / "a.png"] * 2000
+    with start("show.py", *images, "--model", lenet_file, "--top", 1, "--out", out) as process:
+        end = time.monotonic() + 60
+        while len(list(out.glob("cam_*.png"))) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    shown, found = len(list(out.glob("cam_*.png"))), len(rows(out / "boxes.csv"))
     assert 2 <= shown - 1 <= found <= shown  # at most the image at hand is missing
+
+
+def test_the_library_changes_nothing_in_a_process():
+    program = """if True:
+        import os, signal, sys, keras, matplotlib
+        state = lambda: (dict(os.environ), sys.stderr, sys.stdout, matplotlib.rcParams["backend"],
+                         keras.config.image_data_format(), *map(signal.getsignal, signal.Signals))
+        before = state()
+        import cam, lenet, mnist, show, experiment.predict
+        assert state() == before
+    """
+    assert run("-c", program).returncode == 0
 
 
 def test_many_images_of_many_kinds(lenet_file, tmp_path):
     for name, size, mode in (("a.png", (100, 100), "L"), ("b.jpg", (300, 200), "RGB"), ("c.png", (30, 28), "RGBA")):
         photo(tmp_path / name, size, "RGB" if name.endswith("jpg") else mode)
     paths = [tmp_path / name for name in ("a.png", "b.jpg", "c.png")]
-    process = run("show.py", *paths, "--model", lenet_file, "--class", 3, 1, 4, "--npy", "--out", tmp_path / "out")
+    process = call(show, *paths, "--model", lenet_file, "--class", 3, 1, 4, "--npy", "--out", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     classes = [line.split()[0] for line in process.stdout.splitlines() if line.startswith("    ")]
     assert classes == ["3", "1", "4"]
@@ -327,8 +340,8 @@ def test_many_images_of_many_kinds(lenet_file, tmp_path):
 def test_relu_only_when_asked(lenet_file, tmp_path):
     photo(tmp_path / "a.png")
     for flag in ([], ["--relu"]):
-        arguments = ["show.py", tmp_path / "a.png", "--model", lenet_file, "--top", 10, "--npy", "--out", tmp_path]
-        assert run(*arguments, *flag).returncode == 0
+        arguments = [tmp_path / "a.png", "--model", lenet_file, "--top", 10, "--npy", "--out", tmp_path]
+        assert call(show, *arguments, *flag).returncode == 0
         assert (np.load(tmp_path / "cam_a.npy").min() < 0) == (not flag)
 
 
@@ -343,8 +356,8 @@ def test_relu_only_when_asked(lenet_file, tmp_path):
         (["GOOD", "--class", "10"], ["--class", "0..9"]),
         (["GOOD", "--class", "1", "2"], ["--class", "one for each"]),
         (["GOOD", "--top", "0"], ["--top"]),
-        (["GOOD", "--preprocess", "resnot"], ["--preprocess resnot"]),
-        (["GOOD", "--pixel-range", "1", "0"], ["--pixel-range"]),
+        (["GOOD", "--preprocess", "resnot"], ["preprocess: resnot is not a module"]),
+        (["GOOD", "--pixel-range", "1", "0"], ["pixel range has the lower value first"]),
         (["GOOD", "--out", "README.md"], ["README.md"]),
     ],
 )
@@ -353,7 +366,7 @@ def test_bad_input_is_named_in_one_line(lenet_file, tmp_path, arguments, parts):
     arguments = [tmp_path / "good.png" if argument == "GOOD" else argument for argument in arguments]
     model = [] if "--model" in arguments else ["--model", lenet_file]
     out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
-    process = run("show.py", *arguments, *model, *out)
+    process = call(show, *arguments, *model, *out)
     assert_one_line_error(process, "show.py: ", *parts)
     assert not (tmp_path / "out").exists()
 
@@ -362,5 +375,5 @@ def test_a_network_of_another_form_is_refused(tmp_path):
     images = keras.Input((8, 8, 1))
     keras.Model(images, layers.Dense(2)(layers.Flatten(name="flat")(images))).save(tmp_path / "flat.keras")
     photo(tmp_path / "a.png")
-    process = run("show.py", tmp_path / "a.png", "--model", tmp_path / "flat.keras", "--out", tmp_path / "out")
+    process = call(show, tmp_path / "a.png", "--model", tmp_path / "flat.keras", "--out", tmp_path / "out")
     assert_one_line_error(process, "has no exact class activation map: layer 'flat' takes neither mean nor maximum")
