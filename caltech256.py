@@ -60,7 +60,7 @@ RECIPES = {
 TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes all
 
 
-def train(settings):
+def train_model(settings):
     set_seed(settings.seed)
 
     # Archive -> photos, which stay in it until a batch needs them; test photos -> crops (N, 224, 224, 3) uint8
@@ -98,16 +98,14 @@ def train(settings):
 
         if run.is_due(step):
             tested = len(test.labels) if step == settings.steps else max(TEST_PHOTOS, settings.samples)
-            measured, _ = metrics.evaluate(cam_model, crops.first(tested))
+            # Crops -> logits S_c (N, C) and class activation maps M_c of the true classes (N, 13, 13)
+            measured, logits, maps = metrics.evaluate(cam_model, crops.first(tested))
             measured |= localize_photos(cam_model, test.first(tested))
-            # Samples -> class activation maps of all classes (S, 13, 13, C) -> of the true class (S, 13, 13)
-            logits, class_maps = cam_model.predict(samples.images, metrics.EVALUATION_BATCH, verbose=0)
-            maps = class_maps[np.arange(len(samples.labels)), :, :, samples.labels]
-            # -> size of the crops (S, 224, 224) -> heatmaps, 0..1 -> img_0/cmap_100.png ...
-            maps = cam.upsample(maps, CROP_SIDE, CROP_SIDE)
+            # Maps of the samples -> size of the crops (S, 224, 224) -> heatmaps, 0..1 -> img_0/cmap_100.png ...
+            maps = cam.upsample(maps[: settings.samples], CROP_SIDE, CROP_SIDE)
             save_heatmaps(settings.out, step, samples.images, cam.normalize(maps))
             boxes = [cam.bounding_box(class_map) for class_map in maps]
-            run.record(measured, min(tested, len(test.labels)), logits.argmax(axis=1), boxes)
+            run.record(measured, len(logits), logits.argmax(axis=1)[: settings.samples], boxes)
 
     # The same weights in float32 layers, for any machine
     trained = alexnet(len(names), location_dropout=settings.location_dropout)
@@ -248,7 +246,7 @@ def main(arguments=None):
     if settings.evaluate:
         process.run_script("caltech256.py", evaluate_model, settings)
     else:
-        process.run_script("caltech256.py", train, settings, process.RESUME)
+        process.run_script("caltech256.py", train_model, settings, process.RESUME)
 
 
 if __name__ == "__main__":

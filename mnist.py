@@ -14,13 +14,12 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import keras
-import numpy as np
 
 import cam
 from data.dataset import BOXES_TXT, CLASSES, load_dataset
 from experiment.figures import report_classes, save_figures
 from experiment.files import UserError
-from experiment.metrics import EVALUATION_BATCH, evaluate, format_metrics
+from experiment.metrics import evaluate, format_metrics
 from experiment.networks import check_model_fits_data, load_network, to_cam_model
 from experiment.pages import write_draw_page
 from experiment.pictures import save_heatmaps, save_images
@@ -66,7 +65,7 @@ TEST_IMAGES = 100  # evaluated during training; the final evaluation takes all
 KEEP_WEIGHTS = 8  # steps whose weights are in out/draw.html
 
 
-def train(settings):
+def train_model(settings):
     set_seed(settings.seed)
 
     # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4)
@@ -101,16 +100,14 @@ def train(settings):
             run.add_loss(*model.train_on_batch(train.images[batch], one_hot[batch]))
 
         if run.is_due(step):
-            tested = test if step == settings.steps else test.first(TEST_IMAGES)
-            metrics, _ = evaluate(cam_model, tested)
-            # Samples -> class activation maps of all classes (S, 25, 25, C) -> of the true class (S, 25, 25)
-            logits, class_maps = cam_model.predict(samples.images, EVALUATION_BATCH, verbose=0)
-            maps = class_maps[np.arange(len(samples.labels)), :, :, samples.labels]
-            # -> size of the images (S, 100, 100) -> heatmaps, 0..1 -> img_0/cmap_100.png ...
-            maps = cam.upsample(maps, height, width)
+            tested = test if step == settings.steps else test.first(max(TEST_IMAGES, settings.samples))
+            # Images -> logits S_c (N, C) and class activation maps M_c of the true classes (N, 25, 25)
+            metrics, logits, maps = evaluate(cam_model, tested)
+            # Maps of the samples -> size of the images (S, 100, 100) -> heatmaps, 0..1 -> img_0/cmap_100.png ...
+            maps = cam.upsample(maps[: settings.samples], height, width)
             save_heatmaps(settings.out, step, samples.images, cam.normalize(maps))
             boxes = [cam.bounding_box(class_map) for class_map in maps]
-            run.record(metrics, len(tested.labels), logits.argmax(axis=1), boxes)
+            run.record(metrics, len(tested.labels), logits.argmax(axis=1)[: settings.samples], boxes)
 
     # The same weights in float32 layers, for any machine
     trained = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
@@ -142,9 +139,9 @@ def evaluate_model(settings):
     _, test = load_dataset(settings.data)
     cam_model = to_cam_model(load_network(settings.evaluate))
     check_model_fits_data(settings.evaluate, cam_model, test.images.shape[1:], CLASSES)
-    metrics, predicted = evaluate(cam_model, test, all_metrics=True)
+    metrics, logits, _ = evaluate(cam_model, test, all_metrics=True)
     print(format_metrics(metrics, len(test.labels)))
-    report_classes(settings.out, test.labels, predicted, [str(digit) for digit in range(CLASSES)])
+    report_classes(settings.out, test.labels, logits.argmax(axis=1), [str(digit) for digit in range(CLASSES)])
 
 
 def parse_arguments(arguments=None):
@@ -162,7 +159,7 @@ def main(arguments=None):
     if settings.evaluate:
         process.run_script("mnist.py", evaluate_model, settings)
     else:
-        process.run_script("mnist.py", train, settings, process.RESUME)
+        process.run_script("mnist.py", train_model, settings, process.RESUME)
 
 
 if __name__ == "__main__":

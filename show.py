@@ -74,14 +74,16 @@ def show(settings):
 
 def figure_names(paths):
     """A name for the figure of each image: cam_NAME, or cam_FOLDER_NAME or cam_FOLDER_NAME_2 if that is taken."""
-    stems, counts, names = Counter(path.stem for path in paths), Counter(), []
+    stems, counts, names = Counter(path.stem for path in paths), Counter(), {}
     for path in paths:
-        name = f"cam_{path.stem}"
+        name = first = f"cam_{path.stem}"
         if stems[path.stem] > 1:
-            name = f"cam_{path.resolve().parent.name}_{path.stem}"
-        counts[name] += 1
-        names.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
-    return names
+            name = first = f"cam_{path.resolve().parent.name}_{path.stem}"
+        while name in names:
+            counts[first] += 1
+            name = f"{first}_{counts[first] + 1}"
+        names[name] = path
+    return list(names)
 
 
 def draw(file, title, cams, maps):

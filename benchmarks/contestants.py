@@ -202,7 +202,7 @@ def run_here(data, folder):
                     (evaluations if self.is_due(step) else steps).append(time.perf_counter() - began)
 
         with mock.patch.object(mnist, "RunFolder", TimedRun):
-            mnist.train(settings)
+            mnist.train_model(settings)
         whole = time.perf_counter() - start
         training = np.mean(steps) * (len(steps) + len(evaluations) - 1)  # a step that is evaluated is trained, too
         return training / whole, (sum(evaluations) + sum(steps) - training) / whole, whole, peak_memory()

@@ -52,12 +52,12 @@ def evaluate(cam_model, tested, all_metrics=False):
         all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.
 
     Returns:
-        Metrics by name, each in 0..1; the predicted classes (N,).
+        Metrics by name, each in 0..1; S_c (N, C); M_c of the true classes (N, h, w).
 
     Raises:
         UserError: A logit is infinite or NaN.
     """
-    logits, measured, (height, width) = [], [], tested.images.shape[1:3]
+    logits, maps, measured = [], [], []
     hidden = len(tested.labels) < 8 * EVALUATION_BATCH or None  # of the progress bar; None: shown on a terminal only
     for start in tqdm(range(0, len(tested.labels), EVALUATION_BATCH), "evaluating", leave=False, disable=hidden):
         batch = slice(start, start + EVALUATION_BATCH)
@@ -65,15 +65,15 @@ def evaluate(cam_model, tested, all_metrics=False):
         batch_logits, class_maps = cam_model.predict_on_batch(tested.images[batch])
         check_finite(batch_logits)
         logits.append(batch_logits)
+        maps.append(class_maps[np.arange(len(labels)), :, :, labels])
         if tested.boxes is not None:
-            maps = upsample(class_maps[np.arange(len(labels)), :, :, labels], height, width)  # (B, H, W)
-            for class_map, box in zip(maps, tested.boxes[batch], strict=True):
+            for class_map, box in zip(upsample(maps[-1], *tested.images.shape[1:3]), tested.boxes[batch], strict=True):
                 measured.append(measure_map(class_map, box, all_metrics))
-    logits = np.concatenate(logits)  # (N, C)
+    logits, maps = np.concatenate(logits), np.concatenate(maps)
     metrics = {"accuracy": accuracy(logits, tested.labels)}
     if measured:
         metrics |= summarize(measured, ranks(logits, tested.labels))
-    return metrics, logits.argmax(axis=1)
+    return metrics, logits, maps
 
 
 def check_finite(logits):

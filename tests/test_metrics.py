@@ -155,13 +155,14 @@ def test_evaluate_is_the_same_whatever_the_batches(monkeypatch):
     labels, boxes = rng.integers(0, 10, 7), np.tile([2, 3, 9, 11], (7, 1))
     labels[:3] = logits[:3].argmax(axis=1)
     model, tested = FixedModel(logits, maps), split_of(7, labels, boxes)
-    whole, predicted = metrics.evaluate(model, tested, all_metrics=True)
+    whole, found_logits, found_maps = metrics.evaluate(model, tested, all_metrics=True)
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 3)
     assert metrics.evaluate(model, tested, all_metrics=True)[0] == pytest.approx(whole, rel=1e-6)
-    np.testing.assert_array_equal(predicted, logits.argmax(axis=1))
-    assert whole["accuracy"] == (predicted == labels).mean()
+    np.testing.assert_array_equal(found_logits, logits)
+    assert whole["accuracy"] == (logits.argmax(axis=1) == labels).mean()
     ranks = np.array([sorted(-scores).index(-scores[label]) for scores, label in zip(logits, labels, strict=True)])
     of_true_class = maps[range(7), :, :, labels]
+    np.testing.assert_array_equal(found_maps, of_true_class)
     found = metrics.summarize(measure_all(upsample(of_true_class, 24, 20), boxes, all_metrics=True), ranks)
     assert {name: whole[name] for name in found} == pytest.approx(found, rel=1e-6)
     assert list(metrics.evaluate(model, split_of(7, labels))[0]) == ["accuracy"]
