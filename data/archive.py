@@ -31,57 +31,54 @@ def list_files(archive):
     """
     if not archive.exists():
         raise UserError(f"{archive} is missing; give a folder or an archive of photos by --data")
-    return in_folder(archive) if archive.is_dir() else in_tar(archive)
-
-
-def in_folder(folder):
-    """The files below a folder, as `File`s, and the names of the folders."""
-    paths = [(path.relative_to(folder).as_posix(), path) for path in folder.rglob("*")]
-    files = [File(name, path, 0, path.stat().st_size) for name, path in paths if path.is_file()]
-    return files, [name for name, path in paths if path.is_dir()]
-
-
-def in_tar(archive):
-    """The files of a tar archive, as `File`s, and the names of the folders. A .tar.gz is unpacked first."""
-    with archive.open("rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            archive = unpack(archive)
-    files, folders = [], []
+    if archive.is_dir():
+        paths = [(path.relative_to(archive).as_posix(), path) for path in archive.rglob("*")]
+        files = [File(name, path, 0, path.stat().st_size) for name, path in paths if path.is_file()]
+        return files, [name for name, path in paths if path.is_dir()]
     try:
-        with archive.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as members:
-            for member in members:
-                name = member.name.removeprefix("./").lstrip("/")
-                if member.isreg():
-                    files.append(File(name, archive, member.offset_data, 0 if member.issparse() else member.size))
-                elif member.isdir():
-                    folders.append(name)
-            file.seek(members.offset)
-            if file.read(512) != bytes(512):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError(f"it breaks off after {len(files):,} files")
-    except (tarfile.TarError, EOFError, RecursionError) as error:
+        with archive.open("rb") as file:
+            compressed = file.read(2) == b"\x1f\x8b"
+        return list_tar(unpack(archive) if compressed else archive)
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError) as error:
         raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
+
+
+def list_tar(archive):
+    """The files of a .tar, and the names of its folders."""
+    files, folders = [], []
+    with tarfile.open(archive, "r:") as members:
+        for member in members:
+            name = member.name.removeprefix("./").lstrip("/")
+            if member.isreg():
+                files.append(File(name, archive, member.offset_data, 0 if member.issparse() else member.size))
+            elif member.isdir():
+                folders.append(name)
+        members.fileobj.seek(members.offset)
+        if members.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
+            raise tarfile.ReadError(f"it breaks off after {len(files):,} files")
     return files, folders
 
 
 def unpack(archive):
-    """Unpacks NAME.tar.gz once, to NAME.tar.gz.unpacked.tar beside it."""
+    """Unpacks NAME.tar.gz once, to NAME.tar.gz.unpacked.tar beside it, and returns that path."""
     tar = archive.with_name(f"{archive.name}.unpacked.tar")
-    if not tar.exists() or tar.stat().st_mtime < archive.stat().st_mtime:
-        try:
-            with (
-                acquire_lock(archive.with_name(f"{archive.name}.lock")),
-                archive.open("rb") as file,
-                tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None) as shown,
-                gzip.open(shown) as unpacked,
-                atomic_write(tar) as part,
-                part.open("wb") as target,
-            ):
-                shutil.copyfileobj(unpacked, target, 1 << 20)
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
-        except OSError as error:
-            reason = f"{archive} cannot be unpacked beside itself ({error.strerror})"
-            raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
+    if tar.exists() and tar.stat().st_mtime >= archive.stat().st_mtime:
+        return tar
+    try:
+        with (
+            acquire_lock(archive.with_name(f"{archive.name}.lock")),
+            archive.open("rb") as file,
+            tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None) as shown,
+            gzip.open(shown) as unpacked,
+            atomic_write(tar) as part,
+            part.open("wb") as target,
+        ):
+            shutil.copyfileobj(unpacked, target, 1 << 20)
+    except gzip.BadGzipFile:  # an OSError, too
+        raise
+    except OSError as error:
+        reason = f"{archive} cannot be unpacked beside itself ({error.strerror})"
+        raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
     return tar
 
 

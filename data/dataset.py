@@ -105,11 +105,7 @@ def check_lines(path, good, reason):
 
 
 def load_images(folder, count):
-    """Memory-maps `img/images.npy`; extracts the tarball first if that cache is missing or stale.
-
-    Returns:
-        Array (count, H, W, 1) uint8, read-only.
-    """
+    """Memory-maps `img/images.npy` (count, H, W, 1) uint8; extracts the tarball first if that is missing or stale."""
     tarball, img, part = folder / TARBALL, folder / "img", folder / "img.part"
     try:
         with tarball.open("rb") as file:

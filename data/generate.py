@@ -87,10 +87,9 @@ def digit_order(seed, split, digits, count):
 
 
 def cluttered_image(rng, digit, digits):
-    """An image (100, 100) uint8 of `digit` (28, 28), with distractors cut from `digits` (n, 28, 28).
+    """An image (100, 100) uint8 of `digit` (28, 28), with distractors cut from `digits` (n, 28, 28), and its box.
 
-    Returns:
-        The image, and the box (x0, y0, x1, y1) of the digit's ink, half-open.
+    The box (x0, y0, x1, y1) is that of the digit's ink, half-open.
     """
     canvas = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint16)
     # Clipping at the end alone gives the same image as clipping after each sum: nothing added is negative.
@@ -108,14 +107,10 @@ def cluttered_image(rng, digit, digits):
 
 
 def generate(train, test, count, protocol, seed):
-    """A function that makes the image of an index, 0..count-1: (image, label, box).
+    """A function that makes the image of an index, 0..count-1: (image, label, box). The first 70% are for training.
 
-    Args:
-        train, test: (digits, labels) as `load_digits` returns them.
-        count: Number of images of the whole data set; the first 70% are its training set.
-        protocol: "original" makes all images from the first 50,000 training digits, as the data set of 2017 did;
-            otherwise the test digits make the test images.
-        seed: Integer.
+    `train` and `test` are digits as `load_digits` returns them. The protocol "original" makes all images from the first
+    50,000 training digits, as the data set of 2017 did; otherwise the test digits make the test images.
     """
     split = count * 7 // 10
     if protocol == "original":

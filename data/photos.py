@@ -108,14 +108,7 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
 
 
 def load_all_photos(archive, names):
-    """Finds all photos of the classes `names`, to test a network on.
-
-    Returns:
-        `Photos`, and counts of what was left out, by the reason.
-
-    Raises:
-        UserError: The archive is missing or broken, or has no photos of these classes.
-    """
+    """Finds all photos of the classes `names`, to test a network on; returns `Photos`, and counts as `load_photos`."""
     sets, boxes, counts = find_photos(archive)
     labelled = []
     for classes in sets.values():
@@ -281,9 +274,8 @@ def open_image(photo):
 def decode(photo, short_side, side, rng=None):
     """Decodes a photo, and crops it as if it had been scaled to `short_side` pixels on its short side.
 
-    Returns:
-        The crop, (side, side, 3) uint8, RGB: at the centre, or with a NumPy random generator `rng` at a random place,
-        mirrored or not.
+    Returns RGB (side, side, 3) uint8: the crop at the centre, or with a NumPy random generator `rng` at a random place,
+    mirrored or not.
     """
     image = open_image(photo)
     image.draft("RGB", (short_side, short_side))  # of a large JPEG only as much as is needed

@@ -11,12 +11,7 @@ CHECKPOINT, PREVIOUS = "checkpoint.npz", "checkpoint.previous.npz"
 
 
 class Checkpoint:
-    """All that training changes: weights, dropout's random state, optimizer state, and the progress of the run.
-
-    Args:
-        folder: Folder of the run.
-        model: The compiled model that is trained.
-    """
+    """All that training changes: weights, dropout's random state, optimizer state, and the progress of the run."""
 
     def __init__(self, folder, model):
         self.folder = folder
@@ -33,11 +28,7 @@ class Checkpoint:
                 path.replace(self.folder / PREVIOUS)
 
     def restore(self):
-        """Restores the newest checkpoint that is whole; returns its progress, or None if there is no checkpoint.
-
-        Raises:
-            UserError: There are checkpoints, but all of them are damaged.
-        """
+        """Restores the newest checkpoint that is whole; returns its progress, or None if there is no checkpoint."""
         found = [self.folder / name for name in (CHECKPOINT, PREVIOUS) if (self.folder / name).exists()]
         for path in found:
             try:

@@ -9,16 +9,12 @@ from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
 
 
 class TrainingProgress:
-    """The progress of a training run.
-
-    Args:
-        first: The first step that is to be done.
-        last: The last step.
-    """
+    """The progress of a training run from the step `first` to the step `last`."""
 
     def __init__(self, first, last):
         self.first, self.last, self.started = first, last, time.monotonic()
         self.bar = tqdm(desc="training", total=last, initial=max(first - 1, 0), unit=" steps", disable=None)
+        self.close = self.bar.close
 
     def advance(self, step):
         """Shows that `step` has begun."""
@@ -34,6 +30,3 @@ class TrainingProgress:
             left = (time.monotonic() - self.started) / (step - self.first + 1) * (self.last - step)
             tqdm.write(f"step {step:,}: loss {loss:.3f}, test {', '.join(shown)}, {left:.0f} s left")
             sys.stdout.flush()
-
-    def close(self):
-        self.bar.close()

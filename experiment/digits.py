@@ -11,7 +11,7 @@ MAX_CLUTTER_SIDE = 100  # pixels: the longer side of an image that may have clut
 STROKE = 0.1  # of that side: the width of a stroke, at least
 MIN_INK = 0.05  # what is fainter is noise of the paper
 WORKING_SIDE = 400  # pixels: the longer side at which the ink is looked for
-MAX_SIDE = 1000  # pixels: the longer side of the result
+MAX_RESULT_SIDE = 1000  # pixels: the longer side of the result
 
 
 def preprocess_digit(pixels):
@@ -36,7 +36,7 @@ def preprocess_digit(pixels):
     if not len(rows):
         return np.zeros([max(8, round(length * MAX_CLUTTER_SIDE / max(grey.shape))) for length in grey.shape], np.uint8)
     side = max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1)
-    scale = min(DIGIT_SIDE / side, MAX_SIDE / max(ink.shape))
+    scale = min(DIGIT_SIDE / side, MAX_RESULT_SIDE / max(ink.shape))
     width = mask.sum() / morphology.skeletonize(mask).sum()  # of the strokes
     thicken = morphology.disk(max(0, round((STROKE * side - width) / 2)))
     ink = morphology.dilation(ink * morphology.dilation(mask, morphology.disk(2)), thicken)
@@ -56,14 +56,7 @@ def is_large(drawn):
 
 
 def find_ink(pixels):
-    """How dark the ink is against the paper around it, and where the sheet is.
-
-    Args:
-        pixels: (H, W, 3) uint8.
-
-    Returns:
-        Ink (h, w), 0..1, and mask of the sheet (h, w): where the ground is light, or all.
-    """
+    """How dark the ink is against the paper around it, (h, w), 0..1, and a mask of the sheet (h, w), or of all."""
     scale = min(1, WORKING_SIDE / max(pixels.shape[:2]))
     shape = [max(1, round(scale * length)) for length in pixels.shape[:2]]
     picture = transform.resize(pixels, shape, anti_aliasing=True)  # (h, w, 3), 0..1

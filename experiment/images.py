@@ -9,7 +9,7 @@ from skimage import transform
 
 from experiment.files import UserError
 
-MAX_SIDE = 1024  # pixels of a picture's longer side; a larger one is scaled down
+MAX_PICTURE_SIDE = 1024  # pixels of a picture's longer side; a larger one is scaled down
 MAX_PIXELS = 50_000_000  # that are decoded
 MAX_ASPECT_RATIO = 8  # of a picture that is scaled by its short side
 
@@ -17,7 +17,7 @@ MAX_ASPECT_RATIO = 8  # of a picture that is scaled by its short side
 class Picture(NamedTuple):
     """A picture, upright, and the size that it has in its file."""
 
-    pixels: np.ndarray  # (H, W, 3) uint8, at most MAX_SIDE pixels high and wide
+    pixels: np.ndarray  # (H, W, 3) uint8, at most MAX_PICTURE_SIDE pixels high and wide
     height: int
     width: int
 
@@ -54,7 +54,7 @@ def read_picture(source):
 def to_picture(image):
     """`Picture` of a Pillow image."""
     size = image.size
-    image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # of a JPEG, decode a half, a quarter or an eighth of the pixels
+    image.draft("RGB", (MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))  # a JPEG is decoded at a half, a quarter or an eighth
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,}")
     turned = ImageOps.exif_transpose(image)
@@ -71,7 +71,7 @@ def to_picture(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return Picture(np.asarray(image), *size[::-1])
 
 

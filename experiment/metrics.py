@@ -102,10 +102,9 @@ def format_metrics(metrics, count):
 def measure_map(class_map, boxes, all_metrics=False):
     """Measures a map (H, W), upsampled to the size of the image, against the true boxes, (4,) or (n, 4).
 
-    Returns:
-        By name: "iou" of the box by the 20% rule, "pointing" and "energy". With `all_metrics` also "ious" at each
-        threshold of MaxBoxAcc, (100,), and the number of pixels in each bin of the normalized map, "inside" and
-        "outside" of the boxes, (PIXEL_BINS + 1,).
+    Returns by name: "iou" of the box by the 20% rule, "pointing" and "energy". With `all_metrics` also "ious" at each
+    threshold of MaxBoxAcc, (100,), and the number of pixels in each bin of the normalized map, "inside" and "outside"
+    of the boxes, (PIXEL_BINS + 1,).
     """
     boxes, mask = np.reshape(boxes, (-1, 4)), np.zeros(class_map.shape, bool)
     for x0, y0, x1, y1 in np.rint(boxes).astype(int):
@@ -128,12 +127,7 @@ def measure_map(class_map, boxes, all_metrics=False):
 
 
 def summarize(measured, ranks):
-    """Metrics of N images.
-
-    Args:
-        measured: What `measure_map` returns for each image.
-        ranks: Rank of the true class of each image by its logit, (N,): 0 for the predicted class.
-    """
+    """Metrics of N images, from what `measure_map` returns for each, and the `ranks` of the true classes (N,)."""
     measured = {name: np.array([image[name] for image in measured]) for name in measured[0]}  # name -> (N, ...)
     localized = measured["iou"] >= IOU_THRESHOLD
     metrics = {
@@ -163,9 +157,8 @@ def intersection_over_union(boxes, others):
 def average_precision(positives, negatives):
     """Area under the precision-recall curve: sum over thresholds of precision times gain in recall.
 
-    Args:
-        positives: Number of pixels inside the boxes in each bin of the score, lowest bin first.
-        negatives: The same for the pixels outside.
+    `positives` and `negatives` are the numbers of pixels inside and outside the boxes in each bin of the score, lowest
+    bin first.
     """
     true, false = positives[::-1].cumsum(), negatives[::-1].cumsum()  # at or above each threshold, highest first
     return np.sum(true / np.maximum(true + false, 1) * positives[::-1]) / true[-1]

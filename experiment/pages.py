@@ -23,15 +23,9 @@ def write_page(out):
 
 
 def write_run_js(out, samples, history, finished):
-    """Writes out/run.js. It is a script, as a page that was opened from disk cannot read a JSON file.
+    """Writes out/run.js: a script, since a page that was opened from disk cannot read a JSON file.
 
-    Args:
-        out: Folder of the run.
-        samples: The test images whose maps are shown, as a dict: "classes", names of the C classes; "labels", the true
-            class of each image; "boxes", a list of true boxes (x0, y0, x1, y1) for each image, or None; "height" and
-            "width" of the images in pixels.
-        history: `RunFolder.history`.
-        finished: Whether the run is complete, so that an open page need not look again.
+    `samples` and `history` are those of `RunFolder`; once the run is `finished`, an open page does not look again.
     """
     steps = []
     for row in history:
@@ -47,11 +41,7 @@ def write_run_js(out, samples, history, finished):
 def write_draw_page(out, model, samples, step):
     """Writes out/draw.html, in which the network itself runs, at the steps whose weights the run has kept.
 
-    Args:
-        out: Folder of the run; the weights are read from weights/STEP.npz.
-        model: The network, made by `lenet`.
-        samples: Some test images, as a `Split`. The first of each class is in the page.
-        step: The last step, whose weights `model` has.
+    `model` has the weights of the last step, `step`; the page has the first of the samples of each class.
     """
     layers = [model.get_layer(name) for name in ("conv1", "conv2", "softmax_weights")]
     shapes = {weight.path: list(weight.shape) for layer in layers for weight in layer.weights}

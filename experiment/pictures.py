@@ -71,15 +71,10 @@ def draw_box(picture, box, width):
 
 
 def on_one_scale(image, maps, side, boxes=()):
-    """Pillow images of an image, of its maps laid over it on one scale, symmetric about zero, and of that scale.
+    """Pillow images of an image (H, W, 1 or 3), of its maps (h, w, n) laid over it on one scale, and of that scale.
 
-    So the middle colour means "no evidence", colours above it evidence for the class, and colours below it against.
-
-    Args:
-        image: (H, W, 1 or 3) uint8.
-        maps: (h, w, n).
-        side: Pixels of the longer side of each picture.
-        boxes: A box of each map, in pixels of the image, or None.
+    The scale is symmetric about zero, so the middle colour means "no evidence", colours above it evidence for the
+    class, and colours below it evidence against it. Each picture has `side` pixels on its longer side.
     """
     picture = fit(to_image(image), side)
     width, height = picture.size
@@ -113,17 +108,10 @@ def beside(pictures):
     return row
 
 
-def save_grid(path, rows, side=None):
-    """Writes rows of pictures as one.
-
-    Args:
-        path: File to write.
-        rows: Lists of (Pillow image, title, color of the title).
-        side: Pixels of a picture's longer side in the grid; None for the size that the pictures have.
-    """
+def save_grid(path, rows):
+    """Writes rows of (Pillow image, title, color of the title), all pictures of one size, as one picture."""
     rows = [[(picture, shorten(title), color) for picture, title, color in row] for row in rows]
-    width, height = fit(rows[0][0][0], side or max(rows[0][0][0].size)).size
-    width, height = max(width, MIN_CELL), max(height, MIN_CELL)  # room for the title of a very narrow picture
+    width, height = (max(length, MIN_CELL) for length in rows[0][0][0].size)  # room for the title of a narrow picture
     size = min(28, width // 8, height // 3)
     longest = max(load_font(size, title).getlength(title) for row in rows for _, title, _ in row)
     title_size = min(size, 0.95 * size * width / longest)
@@ -133,7 +121,7 @@ def save_grid(path, rows, side=None):
     for y, row in enumerate(rows):
         for x, (picture, title, color) in enumerate(row):
             left, top = x * (width + GAP), y * (title_height + height)
-            grid.paste(fit(picture, max(width, height)), (left, top + title_height))
+            grid.paste(picture, (left, top + title_height))
             middle = left + width // 2, top + title_height // 2
             draw.text(middle, title, color, load_font(title_size, title), anchor="mm")
     save_picture(grid, path)

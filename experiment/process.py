@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from unittest import mock
 
 from experiment.files import UserError
 
@@ -34,7 +35,7 @@ def start():
             stream.reconfigure(errors="backslashreplace")  # for names that the console cannot show
     try:
         # No log of TensorFlow but errors; a notebook's matplotlib backend would fail outside the notebook.
-        with quiet_stderr(), set_environment(TF_CPP_MIN_LOG_LEVEL="3", MPLBACKEND="agg"):
+        with quiet_stderr(), mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3", MPLBACKEND="agg"):
             import keras
 
             keras.config.set_image_data_format("channels_last")  # whatever keras.json says
@@ -64,32 +65,11 @@ def quiet_stderr():
         os.close(stderr)
 
 
-@contextlib.contextmanager
-def set_environment(**variables):
-    """Sets environment variables, and restores them at the end."""
-    earlier = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in earlier.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def run_script(name, main, settings, stopped="stopped"):
-    """Runs `main(settings)`, and turns what ends it early into one line on standard error and an exit code.
+    """Runs `main(settings)` of the script `name`, and turns what ends it early into one line and an exit code.
 
-    A `UserError` or `OSError` exits with code 2, Ctrl-C and SIGTERM with 128 + the number of the signal. The signal
-    handlers that the process had are restored in any case.
-
-    Args:
-        name: Name of the script, for the message of an error.
-        main: Function of the settings.
-        settings: Its argument.
-        stopped: The line after Ctrl-C or SIGTERM.
+    A `UserError` or `OSError` exits with code 2; Ctrl-C and SIGTERM print `stopped` and exit with 128 + the number of
+    the signal. The signal handlers that the process had are restored in any case.
     """
     Signals.wait, Signals.number = False, signal.SIGINT
     earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}

@@ -43,13 +43,9 @@ class RunFolder:
         keep_weights: Number of steps whose weights are kept, among them the first and the last; most of them early.
 
     Attributes:
-        step: Training steps done, those before an interruption included.
         history: A dict per evaluation: step, images (seen in training), loss, accuracy, test_images, test_... for each
             metric, predicted (the predicted class of each sample) and boxes (the box of each sample, or None).
         finished: Whether the run is complete.
-
-    Raises:
-        UserError: The folder cannot be written, another process uses it, or it holds a run that cannot be resumed.
     """
 
     def __init__(self, settings, model, data, keep_weights=0):
@@ -88,13 +84,7 @@ class RunFolder:
         (self.out / SETTINGS).unlink(missing_ok=True)
 
     def open_page(self, samples, class_names, boxes):
-        """Writes the page of the run, and says where it is.
-
-        Args:
-            samples: The test images that heatmaps are drawn of, as a `Split`.
-            class_names: Names of the C classes.
-            boxes: True boxes of each sample, (4,) or (n, 4); None if they are not known.
-        """
+        """Writes the page of the run; `boxes` are the true boxes of each sample, (4,) or (n, 4), or None."""
         boxes = boxes if boxes is None else [np.reshape(one, (-1, 4)).tolist() for one in boxes]
         height, width = samples.images.shape[1:3]
         self.samples = {"classes": class_names, "labels": samples.labels.tolist(), "boxes": boxes}
@@ -133,13 +123,9 @@ class RunFolder:
         self.losses.append((float(loss), float(accuracy)))
 
     def record(self, metrics, test_images, predicted, boxes):
-        """Records an evaluation. The checkpoint is saved last, so it never claims what is not on disk.
+        """Records an evaluation: metrics on so many test images, and predicted class and box of each sample.
 
-        Args:
-            metrics: Metrics by name.
-            test_images: The number of test images that they were measured on.
-            predicted: Predicted class of each sample, (S,).
-            boxes: Box (x0, y0, x1, y1) of each sample, or None; a list of S.
+        The checkpoint is saved last, so it never claims what is not on disk.
         """
         if self.step in self.kept:
             (self.out / WEIGHTS).mkdir(exist_ok=True)
@@ -162,13 +148,7 @@ class RunFolder:
         self.checkpoint.save({"step": self.step, "history": self.history, "losses": self.losses})
 
     def save_model(self, model, class_names, preprocessing):
-        """Saves the trained model, before the figures, so that nothing that fails there can lose it.
-
-        Args:
-            model: The network in float32, with the trained weights.
-            class_names: Names of the C classes.
-            preprocessing: How the model wants its images, as in `networks.load_preprocessing`.
-        """
+        """Saves the trained model, before the figures, so that nothing that fails there can lose it."""
         (self.out / LAST).unlink(missing_ok=True)
         save_network(model, class_names, preprocessing, self.model_file)
 

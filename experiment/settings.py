@@ -61,10 +61,7 @@ FLAGS = {
 def make_parser(script, description, settings, recipes):
     """A command line with a flag for each setting.
 
-    Args:
-        script, description: Name of the script, and text for `--help`.
-        settings: Default values of the settings that all recipes share, by name.
-        recipes: For each recipe the default values of its other settings.
+    `settings` are the default values of the settings that all recipes share, `recipes` those of the others, by recipe.
     """
     parser = ArgumentParser(script, description)
     length = parser.add_mutually_exclusive_group()

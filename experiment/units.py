@@ -10,13 +10,9 @@ from cam import class_activation_model
 
 
 def unit_model(model):
-    """Gives all that equations (1) and (2) are about.
+    """A model from images to [f_k (N, h, w, K), F_k (N, K), S_c (N, C), M_c (N, h, w, C)].
 
-    Args:
-        model: A network with the layers "feature_maps" and "softmax_weights", such as `lenet` makes.
-
-    Returns:
-        Keras model from the same images to [f_k (N, h, w, K), F_k (N, K), S_c (N, C), M_c (N, h, w, C)].
+    `model` is a network with the layers "feature_maps" and "softmax_weights", such as `lenet` makes.
     """
     feature_maps, pooled = model.get_layer("feature_maps").output, model.get_layer("softmax_weights").input
     return keras.Model(model.input, [feature_maps, pooled, *class_activation_model(model).outputs])
@@ -37,16 +33,9 @@ class Terms(NamedTuple):
 
 
 def largest_terms(feature_maps, pooled, softmax_weights, count=5):
-    """Splits the class activation map of one image and class.
+    """Splits M_c of one image and class into `count` terms and the rest: from f_k (h, w, K), F_k (K,), w_k^c (K,).
 
-    Args:
-        feature_maps: f_k, (h, w, K).
-        pooled: F_k, (K,).
-        softmax_weights: w_k^c of the class, (K,).
-        count: Number n of terms.
-
-    Returns:
-        `Terms`. Their maps add up to M_c, and their contributions to S_c.
+    The maps of the `Terms` add up to M_c, and their contributions to S_c.
     """
     contributions, maps = softmax_weights * pooled, softmax_weights * feature_maps
     units, others = np.split(np.argsort(-np.abs(contributions), kind="stable"), [count])

@@ -93,6 +93,7 @@ def test_what_a_run_writes(small_run, archive):
     assert np.abs(overlay(photo, heatmap) - shown.astype(int)).mean() < 5  # the training may have been in bfloat16
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_as_show_py_sees_the_photos(small_run, archive, tmp_path):
     """Against boxes that show.py finds for each photo, compared pixel by pixel with the true ones."""
     model = small_run[0] / "alexnet.keras"
@@ -131,6 +132,7 @@ def test_a_model_is_measured_as_show_py_sees_the_photos(small_run, archive, tmp_
     assert {"mean IoU", "pointing game", "energy in the box", "MaxBoxAcc", "PxAP"} < set(found)
 
 
+@pytest.mark.slow
 def test_a_folder_of_photos_of_ones_own(tmp_path):
     """Any names, a test set of its own, no boxes; and a fifth of the training photos as validation set."""
     rng = np.random.default_rng(3)
@@ -157,6 +159,7 @@ def test_a_finished_run_stays_as_it_is(small_run, archive):
     assert (out / "alexnet.keras").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_continues_bit_for_bit(small_run, archive, tmp_path):
     """Dropout, too: what it leaves out is random, and the state of the run says where that was."""
     out, copy = small_run[0], tmp_path / "out"
@@ -255,6 +258,7 @@ def test_bad_input(archive, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_photo_that_vanishes_during_training(archive, tmp_path):
     with tarfile.open(archive) as members:
         members.extractall(tmp_path, filter="data")
@@ -320,6 +324,7 @@ def test_fine_tuning_takes_smaller_steps_with_the_old_weights():
         assert step == pytest.approx(share * steps["softmax_weights/kernel"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_it_learns_real_photos(real_data, tmp_path):
     """Three categories, 30 steps of 16 photos: chance is 33%."""
     process = run(

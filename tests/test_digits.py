@@ -166,7 +166,12 @@ def likeness(seen, digit):
 test_digits.__test__ = False
 
 
-@pytest.mark.parametrize("name", CONDITIONS)
+FAST = ("light falls to 0.6", "sheet on a dark desk", "drawn, 100 pixels, 60 high", "60 pixels")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONDITIONS]
+)
 def test_a_photo_becomes_a_digit_of_mnist(name):
     found = []
     for photo, digit, _ in photos(name, 20):

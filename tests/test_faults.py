@@ -103,6 +103,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_never_stopped(small_data
     assert not list(tmp_path.rglob(PART + "*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_run_that_is_asked_to_stop_ends_the_step_and_saves(small_data, whole_run, tmp_path, number, code):
     with start("mnist.py", *arguments(small_data, tmp_path)) as process:
@@ -207,6 +208,7 @@ def limited(size):
     return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_training(small_data, stopped_run):
     shutil.copy(stopped_run / "checkpoint.previous.npz", stopped_run / "checkpoint.npz")  # two steps to go
     before = contents(stopped_run)
@@ -218,6 +220,7 @@ def test_a_full_disk_in_training(small_data, stopped_run):
     assert_nothing_is_half_written(stopped_run)
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_first_start(tmp_path, random_images):
     folder = write_data(tmp_path / "data", random_images, range(10))
     process = run("mnist.py", *arguments(folder, tmp_path / "out"), **limited(4000))  # the images have 6,000 bytes
@@ -235,6 +238,7 @@ def test_a_disk_that_is_too_small_for_the_images_is_named_before_it_is_full(tmp_
     assert not (folder / "img").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "parts"),
     [("size=1m", ["No space left on device"]), ("ro", ["cannot be written", "Read-only file system"])],
@@ -257,6 +261,7 @@ def test_a_real_disk(small_data, tmp_path, options, parts):
     assert PART not in process.stdout  # nothing half-written is left
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_output_folder(small_data, whole_run, tmp_path):
     with start("mnist.py", *arguments(small_data, tmp_path)) as first:  # killed at the end, it leaves its lock behind
         wait_for(tmp_path / "img_0" / "cmap_2.png", first)
@@ -269,6 +274,7 @@ def test_two_runs_on_one_output_folder(small_data, whole_run, tmp_path):
     assert_same(tmp_path, whole_run[0])
 
 
+@pytest.mark.slow
 def test_two_first_starts_extract_once(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2000, 60, 60), dtype=np.uint8)
     folder = write_data(tmp_path / "data", images, np.arange(2000) % 10)
@@ -307,6 +313,7 @@ def test_weights_that_are_not_finite_at_an_evaluation_end_the_run_in_one_line(sm
     assert_one_line_error(process, "--fresh", "--learning-rate")
 
 
+@pytest.mark.slow
 def test_a_generator_that_is_killed_leaves_the_old_tarball_whole(tmp_path):
     rng = np.random.default_rng(0)
     digits = {

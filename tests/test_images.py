@@ -6,7 +6,7 @@ from conftest import encoded
 from PIL import Image
 
 from experiment.files import UserError
-from experiment.images import MAX_SIDE, read_picture
+from experiment.images import MAX_PICTURE_SIDE, read_picture
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
@@ -62,8 +62,8 @@ def test_a_large_picture_is_scaled_down(tmp_path):
         (tmp_path / f"photo.{suffix}").write_bytes(encoded(ramp, kind))
         picture = read_picture(tmp_path / f"photo.{suffix}")
         assert (picture.height, picture.width) == (3000, 4000)
-        assert picture.pixels.shape == (MAX_SIDE * 3 // 4, MAX_SIDE, 3)
-        np.testing.assert_allclose(picture.pixels[300, :, 1], np.linspace(0, 255, MAX_SIDE), atol=2)
+        assert picture.pixels.shape == (MAX_PICTURE_SIDE * 3 // 4, MAX_PICTURE_SIDE, 3)
+        np.testing.assert_allclose(picture.pixels[300, :, 1], np.linspace(0, 255, MAX_PICTURE_SIDE), atol=2)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 1), (5, 7, 3)])

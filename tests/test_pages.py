@@ -206,6 +206,7 @@ def test_a_small_window(width, height, out, browser):
     assert browser.evaluate(f"large.scrollWidth <= large.clientWidth && large.offsetWidth <= {width}")
 
 
+@pytest.mark.slow
 def test_an_open_page_follows_the_run(out, browser):
     write_run_js(out, SAMPLES, [], finished=False)
     browser.open(out / "index.html")
@@ -230,6 +231,7 @@ def test_an_open_page_follows_the_run(out, browser):
     assert after["large_files"][2:] == [f"img_0/{name}.png" for name in ("evolution", "classes", "procedure")]
 
 
+@pytest.mark.slow
 def test_the_page_in_a_frame_behind_a_token(out, address, browser):
     (out / "frame.html").write_text('<iframe src="index.html?token=secret"></iframe>')
     write_run_js(out, SAMPLES, HISTORY[:1], finished=False)
@@ -242,6 +244,7 @@ def test_the_page_in_a_frame_behind_a_token(out, address, browser):
         expect(browser, "frames[0]", step=count - 1, loaded=True)
 
 
+@pytest.mark.slow
 def test_playing(address, browser):
     browser.open(f"{address}/index.html?token=secret")
     expect(browser, step=2)
@@ -277,6 +280,7 @@ def drawn_run(request, tmp_path_factory):
     return out, test.images, models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0, 1])
 def test_the_network_in_the_browser_is_that_of_keras(drawn_run, position, browser):
     out, images, models = drawn_run

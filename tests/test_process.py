@@ -114,6 +114,7 @@ def test_a_console_that_is_closed(small_data, tmp_path, closed):
     assert (tmp_path / "out" / "lenet.keras").exists()
 
 
+@pytest.mark.slow
 def test_a_console_of_another_encoding(tmp_path):
     """A name that the console cannot show."""
     found = run("show.py", tmp_path / "цифра.png", PYTHONIOENCODING="ascii")
