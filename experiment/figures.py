@@ -7,7 +7,7 @@ from PIL import Image, UnidentifiedImageError
 from cam import bounding_box, normalize, overlay, upsample
 from experiment.files import UserError, atomic_write
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
-from experiment.pictures import PICTURE_SIDE, beside, draw_box, fit, on_one_scale, save_grid, to_image
+from experiment.pictures import PICTURE_SIDE, draw_box, fit, on_one_scale, save_grid, to_image
 from experiment.units import get_softmax_weights, largest_terms, unit_model
 
 FIGURES = ("overview.png", "patterns.png", "units.png", "confusion.png")
@@ -194,8 +194,9 @@ def save_units(path, images, responses, titles, receptive_field):
                 picture = padded[y : y + length, x : x + length]
             else:
                 picture = overlay(images[index], normalize(upsample(f[None], *images.shape[1:3])[0]))
-            pictures.append(fit(to_image(picture), PICTURE_SIDE // 4))
-        cells.append((beside(pictures), title, "black"))
+            picture = np.asarray(fit(to_image(picture), PICTURE_SIDE // 4).convert("RGB"))
+            pictures.append(np.pad(picture, [(0, 0), (0, 2), (0, 0)], constant_values=255))  # a gap
+        cells.append((to_image(np.hstack(pictures)), title, "black"))
     save_grid(path, [cells[start : start + UNITS] for start in range(0, len(cells), UNITS)])
 
 

@@ -99,15 +99,6 @@ def color_scale(limit, width, height):
     return picture
 
 
-def beside(pictures):
-    """One Pillow image of several of one size, closer to each other than the pictures of a grid."""
-    width, height = pictures[0].size
-    row = Image.new("RGB", (len(pictures) * (width + GAP // 4), height), "white")
-    for index, picture in enumerate(pictures):
-        row.paste(picture, (index * (width + GAP // 4), 0))
-    return row
-
-
 def save_grid(path, rows):
     """Writes rows of (Pillow image, title, color of the title), all pictures of one size, as one picture."""
     rows = [[(picture, shorten(title), color) for picture, title, color in row] for row in rows]

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import itertools
 import json
-import shutil
 import time
 import zlib
 
@@ -69,19 +68,14 @@ class RunFolder:
 
     def clear(self):
         """Deletes what a run writes, and nothing else: checkpoints first and settings last, in case of a kill."""
-        beside = (class_names_file(self.model_file), preprocessing_file(self.model_file))
-        for path in *(self.out / name for name in (PREVIOUS, CHECKPOINT, HISTORY, LAST, *FIGURES, *PAGES)), *beside:
-            path.unlink(missing_ok=True)
-        self.model_file.unlink(missing_ok=True)
-        for folder in self.out.glob("img_*"):
-            if folder.name.removeprefix("img_").isdecimal():
-                shutil.rmtree(folder)
-        for path in self.out.glob(f"{WEIGHTS}/*.npz"):
-            if path.stem.isdecimal():
+        beside = (class_names_file(self.model_file), preprocessing_file(self.model_file), self.model_file)
+        names = [PREVIOUS, CHECKPOINT, HISTORY, LAST, *FIGURES, *PAGES, *(path.name for path in beside)]
+        for pattern in (*names, f"{WEIGHTS}/[0-9]*.npz", "img_[0-9]*/*.png", SETTINGS):
+            for path in self.out.glob(pattern):
                 path.unlink()
-        with contextlib.suppress(OSError):  # it is missing, or has other files
-            (self.out / WEIGHTS).rmdir()
-        (self.out / SETTINGS).unlink(missing_ok=True)
+        for folder in (self.out / WEIGHTS, *self.out.glob("img_[0-9]*")):
+            with contextlib.suppress(OSError):  # it is missing, or has other files
+                folder.rmdir()
 
     def open_page(self, samples, class_names, boxes):
         """Writes the page of the run; `boxes` are the true boxes of each sample, (4,) or (n, 4), or None."""
