@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cam import bounding_box, normalize, overlay, upsample
 from experiment.files import UserError, atomic_write
@@ -128,7 +128,7 @@ def read(path):
         with Image.open(path) as picture:
             picture.load()
             return picture
-    except UnidentifiedImageError:
+    except OSError:  # Pillow's errors are of this kind
         raise UserError(f"{path} is damaged; delete it") from None
 
 

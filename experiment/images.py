@@ -1,4 +1,4 @@
-"""Reading of pictures of any kind."""
+"""Reads image files of any format, orientation or bit depth as RGB uint8."""
 
 import warnings
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from experiment.files import UserError
 
 MAX_PICTURE_SIDE = 1024  # pixels of a picture's longer side; a larger one is scaled down
 MAX_PIXELS = 50_000_000  # that are decoded
-MAX_ASPECT_RATIO = 8  # of a picture that is scaled by its short side
+MAX_ASPECT_RATIO = 8  # of a picture whose short side is scaled
 
 
 class Picture(NamedTuple):
