@@ -165,7 +165,7 @@ class LogitsAndMaps(layers.Layer):
         """Raises a ValueError if an operation of the head is not affine: f(x) + f(y) = f(x + y) + f(0)."""
         for operation, scale in itertools.product(self.head, (0.1, 1, 10, 100)):
             x, y = scale * np.random.default_rng(0).normal(size=(2, 8, *operation.input_shape[1:])).astype(np.float32)
-            fx, fy, fxy, f0 = (run([operation], z) for z in (x, y, x + y, 0 * x))
+            fx, fy, fxy, f0 = ops.split(run([operation], np.concatenate([x, y, x + y, 0 * x])), 4)
             if not is_close(fx + fy - f0, fxy, self.tolerance):
                 raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
 

@@ -75,9 +75,9 @@ def test_shapes_and_maps():
     assert not model.get_layer("softmax_weights").use_bias
 
 
-@pytest.mark.parametrize("model", [alexnet(3), lenet(location_dropout=0.3)], ids=["alexnet", "lenet"])
-def test_whole_locations_are_hidden_in_training(model):
-    layer, ones = model.get_layer("location_dropout"), np.ones((2, 9, 12, 4), np.float32)
+@pytest.mark.parametrize("build", [lambda: alexnet(3), lambda: lenet(location_dropout=0.3)], ids=["alexnet", "lenet"])
+def test_whole_locations_are_hidden_in_training(build):
+    layer, ones = build().get_layer("location_dropout"), np.ones((2, 9, 12, 4), np.float32)
     found = np.asarray(layer(ones, training=True))
     np.testing.assert_array_equal(found, found[..., :1].repeat(4, axis=-1))  # all units of a location, or none
     assert 0.15 < (found == 0).mean() < 0.45  # 30%, within five standard deviations
@@ -91,31 +91,27 @@ def test_weights_file(tmp_path):
         np.testing.assert_array_equal(values, weights[name])
 
 
+TRANSPOSED = np.zeros((3, 3, 192, 384), np.float32)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("content", "message"),
     [
         ({"features.3.bias": None}, "features.3.bias must be an array"),
-        (
-            {"features.6.weight": np.zeros((3, 3, 192, 384), np.float32)},
-            r"features.6.weight must be an array \(384, 192, 3, 3\)",
-        ),
+        ({"features.6.weight": TRANSPOSED}, r"features.6.weight must be an array \(384, 192, 3, 3\)"),
         ({"features.0.bias": np.zeros(64, int)}, "features.0.bias must be .* floating-point"),
         ({"features.0.bias": np.array([{}] * 64)}, "not a readable .npz file .*pickle"),
         ({"features.8.bias": np.full(256, np.nan)}, "features.8.bias must be .* finite"),
+        (b"not a zip", "is not a readable .npz file"),
+        (None, "is missing"),
     ],
 )
-def test_weights_that_do_not_fit(change, message, tmp_path):
+def test_weights_that_do_not_fit(content, message, tmp_path):
     path = tmp_path / "alexnet.npz"
-    np.savez(path, **{name: values for name, values in (random_weights() | change).items() if values is not None})
-    with pytest.raises(UserError, match=message) as error:
-        load_torchvision_convolutions(path)
-    assert "alexnet.npz" in str(error.value)
-
-
-@pytest.mark.parametrize(("content", "message"), [(b"not a zip", "is not a readable .npz file"), (None, "is missing")])
-def test_no_weights_file(content, message, tmp_path):
-    path = tmp_path / "alexnet.npz"
-    if content:
+    if isinstance(content, dict):
+        weights = random_weights() | content
+        np.savez(path, **{name: values for name, values in weights.items() if values is not None})
+    elif content:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"alexnet\.npz.* {message}"):
         load_torchvision_convolutions(path)

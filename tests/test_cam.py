@@ -7,7 +7,6 @@ from keras import layers
 from skimage import transform
 
 import cam
-from experiment.training import zero_mean_over_classes
 from lenet import lenet
 
 
@@ -15,13 +14,15 @@ def random_features(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
+def random_images(height, width, count=2):
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 1), dtype=np.uint8)
+
+
 def naive_class_activation_map(feature_maps, softmax_weights):
     """Equation (2) as a loop, in float64."""
-    images, height, width, units = feature_maps.shape
-    classes = softmax_weights.shape[1]
-    maps = np.zeros((images, height, width, classes))
+    maps = np.zeros((*feature_maps.shape[:3], softmax_weights.shape[1]))
     for n, y, x, c in np.ndindex(maps.shape):
-        for k in range(units):
+        for k in range(len(softmax_weights)):
             maps[n, y, x, c] += float(softmax_weights[k, c]) * float(feature_maps[n, y, x, k])
     return maps
 
@@ -32,12 +33,6 @@ def test_all_classes_equal_the_loop():
     np.testing.assert_allclose(maps, naive_class_activation_map(feature_maps, weights), rtol=1e-5, atol=1e-6)
 
 
-def naive_lenet_maps(model, images):
-    """f_k of the model, and M_c by the loop."""
-    feature_maps = keras.Model(model.input, model.get_layer("feature_maps").output).predict(images, verbose=0)
-    return naive_class_activation_map(feature_maps, np.asarray(model.get_layer("softmax_weights").kernel))
-
-
 def random_lenet(**arguments):
     keras.utils.set_random_seed(0)
     model = lenet(**arguments)
@@ -45,48 +40,49 @@ def random_lenet(**arguments):
     return model
 
 
-def random_images(height, width, count=2):
-    return np.random.default_rng(0).integers(0, 256, (count, height, width, 1), dtype=np.uint8)
+def assert_scores_and_maps(cam_model, model, images, maps_give_scores=True):
+    """S_c as the network itself computes it, equation (2) by the loop, and S_c = mean over the locations of M_c."""
+    scores, maps = cam_model.predict_on_batch(images)
+    assert (scores.dtype, maps.dtype) == (np.float32, np.float32)
+    feature_maps = keras.Model(model.input, model.get_layer("feature_maps").output).predict_on_batch(images)
+    expected = naive_class_activation_map(feature_maps, np.asarray(model.get_layer("softmax_weights").kernel))
+    tolerance = 1e-5 * np.abs(maps).max()
+    np.testing.assert_allclose(maps, expected, atol=tolerance)
+    np.testing.assert_allclose(scores, model.predict_on_batch(images), atol=tolerance)
+    if maps_give_scores:
+        np.testing.assert_allclose(scores, maps.mean(axis=(1, 2)), atol=tolerance)
+    return maps
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("size", [(12, 16), (13, 10), (5, 3)])
-def test_maps_are_those_of_the_loop_and_their_mean_is_the_score(precision, size):
-    """Equation (2), and S_c = mean over the locations of M_c; S_c as the network itself computes it."""
-    model, images = random_lenet(precision=precision), random_images(*size)
-    scores, maps = cam.class_activation_model(model).predict(images, verbose=0)
-    assert (scores.dtype, maps.dtype) == (np.float32, np.float32)
+def test_scores_and_maps_of_lenet(precision, size):
+    model = random_lenet(precision=precision)
+    maps = assert_scores_and_maps(cam.class_activation_model(model), model, random_images(*size))
     assert maps.shape == (2, -(-size[0] // 4), -(-size[1] // 4), 10)
-    scale = np.abs(maps).max()
-    np.testing.assert_allclose(maps, naive_lenet_maps(model, images), atol=1e-5 * scale)
-    np.testing.assert_allclose(scores, model.predict(images, verbose=0), atol=1e-5 * scale)
-    np.testing.assert_allclose(maps.mean(axis=(1, 2)), scores, atol=1e-5 * scale)
 
 
-def test_with_max_pooling_the_scores_are_the_networks_own_and_the_maps_follow_equation_2():
-    model, images = random_lenet(pooling="max"), random_images(12, 16)
-    scores, maps = cam.class_activation_model(model).predict(images, verbose=0)
-    np.testing.assert_allclose(scores, model.predict(images, verbose=0), rtol=1e-5)
-    np.testing.assert_allclose(maps, naive_lenet_maps(model, images), rtol=1e-4, atol=1e-5)
+def test_max_pooling():
+    model = random_lenet(pooling="max")
+    assert_scores_and_maps(cam.class_activation_model(model), model, random_images(12, 16), maps_give_scores=False)
 
 
 def test_the_maps_follow_the_training_of_the_model():
     model, images = random_lenet(location_dropout=0.3), random_images(12, 16, count=8)
     cam_model = cam.class_activation_model(model)
-    before = cam_model.predict(images, verbose=0)[1]
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
-    model.fit(images, np.arange(8), epochs=2, verbose=0)
-    scores, maps = cam_model.predict(images, verbose=0)
+    before = assert_scores_and_maps(cam_model, model, images)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), run_eagerly=True)
+    for _ in range(2):
+        model.train_on_batch(images, np.arange(8))
+    maps = assert_scores_and_maps(cam_model, model, images)
     assert np.abs(maps - before).max() > 1e-3 * np.abs(maps).max()
-    np.testing.assert_allclose(maps, naive_lenet_maps(model, images), atol=1e-5 * np.abs(maps).max())
-    np.testing.assert_allclose(scores, model.predict(images, verbose=0), rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_of_maps_is_saved_and_loaded(tmp_path):
     cam_model, images = cam.class_activation_model(random_lenet()), random_images(12, 16)
     cam_model.save(tmp_path / "cam.keras")
     loaded = keras.models.load_model(tmp_path / "cam.keras")
-    for found, expected in zip(loaded.predict(images, verbose=0), cam_model.predict(images, verbose=0), strict=True):
+    for found, expected in zip(loaded.predict_on_batch(images), cam_model.predict_on_batch(images), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -97,9 +93,8 @@ def classifier(**dense):
 
 
 def test_layers_of_other_names_and_layers_that_do_not_fit():
-    images = random_images(8, 8).astype(np.float32)
     cam_model = cam.class_activation_model(classifier(use_bias=False), "last_convolution", "logits")
-    scores, maps = cam_model.predict(images, verbose=0)
+    scores, maps = cam_model.predict_on_batch(random_images(8, 8).astype(np.float32))
     np.testing.assert_allclose(maps.mean(axis=(1, 2)), scores, rtol=1e-4, atol=1e-4)
     for dense in {}, {"use_bias": False, "activation": "softmax"}:
         with pytest.raises(ValueError, match="'logits' must be Dense"):
@@ -108,30 +103,13 @@ def test_layers_of_other_names_and_layers_that_do_not_fit():
         cam.class_activation_model(classifier(use_bias=False))
 
 
-def test_zero_mean_over_classes_changes_no_probability():
-    weights, features = random_features((6, 5)), random_features((3, 6), 1)
-    centred = np.asarray(zero_mean_over_classes(weights))
-    np.testing.assert_allclose(centred.sum(axis=1), 0, atol=1e-6)
-    probabilities = [np.asarray(keras.ops.softmax(features @ w)) for w in (weights, centred)]
-    np.testing.assert_allclose(*probabilities, rtol=1e-5)
-
-
-def test_upsampling_is_bilinear_with_half_pixel_centres():
-    maps = random_features((2, 3, 5))
-    upsampled = np.asarray(cam.upsample(maps, 12, 14))
-    for n, y, x in np.ndindex(upsampled.shape):
-        v, u = (y + 0.5) * 3 / 12 - 0.5, (x + 0.5) * 5 / 14 - 0.5
-        v, u = np.clip(v, 0, 2), np.clip(u, 0, 4)
-        v0, u0 = min(int(v), 1), min(int(u), 3)
-        top = maps[n, v0, u0] * (u0 + 1 - u) + maps[n, v0, u0 + 1] * (u - u0)
-        bottom = maps[n, v0 + 1, u0] * (u0 + 1 - u) + maps[n, v0 + 1, u0 + 1] * (u - u0)
-        assert upsampled[n, y, x] == pytest.approx(top * (v0 + 1 - v) + bottom * (v - v0), abs=1e-5)
-
-
-def test_upsampling_equals_that_of_scikit_image():
-    maps = random_features((2, 7, 7, 3))
-    expected = [transform.resize(one, (100, 90), order=1, mode="edge", anti_aliasing=False) for one in maps]
-    np.testing.assert_allclose(np.asarray(cam.upsample(maps, 100, 90)), expected, atol=1e-5)
+@pytest.mark.parametrize(("shape", "size"), [((2, 3, 5), (12, 14)), ((2, 7, 7, 3), (100, 90))])
+def test_upsampling_equals_that_of_scikit_image(shape, size):
+    """Bilinear, with half-pixel centres, of maps of one class and of several."""
+    maps = random_features(shape)
+    expected = [transform.resize(one, size, order=1, mode="edge", anti_aliasing=False) for one in maps]
+    np.testing.assert_allclose(cam.upsample(maps, *size), expected, atol=1e-5)
+    assert cam.upsample(np.array([[[0.0, 4.0]]]), 1, 4).tolist() == [[[0, 1, 3, 4]]]
 
 
 def test_normalize():
@@ -144,27 +122,23 @@ def test_normalize():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_maps_that_are_not_finite_are_refused(value):
-    with pytest.raises(ValueError, match="not finite"):
-        cam.normalize(np.array([[1, value]]))
-    with pytest.raises(ValueError, match="not finite"):
-        cam.bounding_box(np.array([[1, value]]))
+    for function in (cam.normalize, cam.bounding_box):
+        with pytest.raises(ValueError, match="not finite"):
+            function(np.array([[1, value]]))
 
 
 def test_overlay_blends_the_inverted_image_with_the_colormap():
-    image = np.array([[0, 255, 100]], np.uint8)
-    heatmap = np.array([[0, 1, 0.5]])
-    # jet begins in half blue and ends in half red; (0, 0, 127.5) is what matplotlib documents for its ends
-    picture = cam.overlay(image, heatmap)
+    image, heatmap = np.array([[0, 255, 100]], np.uint8), np.array([[0, 1, 0.5]])
+    picture, color = cam.overlay(image, heatmap), np.stack([image] * 3, axis=-1)
+    assert picture.dtype == np.uint8
+    # jet begins in half blue and ends in half red: matplotlib documents (0, 0, 127.5) and (127.5, 0, 0) for its ends.
     np.testing.assert_array_equal(picture[0, :2], [[128, 128, 191], [64, 0, 0]])
     np.testing.assert_array_equal(cam.overlay(image, heatmap, opacity=0)[0], [[255] * 3, [0] * 3, [155] * 3])
     np.testing.assert_array_equal(cam.overlay(image, heatmap, "gray", opacity=1)[0], [[0] * 3, [255] * 3, [128] * 3])
-    assert picture.dtype == np.uint8
     np.testing.assert_array_equal(cam.overlay(image[..., None], heatmap), picture)
-    np.testing.assert_array_equal(cam.overlay(np.stack([image] * 3, axis=-1), heatmap, invert=True), picture)
+    np.testing.assert_array_equal(cam.overlay(color, heatmap, invert=True), picture)
     # An image in colour is not inverted unless that is asked for.
-    np.testing.assert_array_equal(
-        cam.overlay(np.stack([image] * 3, axis=-1), heatmap, opacity=0)[0], [[0] * 3, [255] * 3, [100] * 3]
-    )
+    np.testing.assert_array_equal(cam.overlay(color, heatmap, opacity=0)[0], color[0])
 
 
 def test_bounding_box_of_a_known_blob():

@@ -1,4 +1,4 @@
-"""images.py: pictures of any kind."""
+"""images.py: image files of any format, orientation and bit depth, and arrays."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from experiment.files import UserError
 from experiment.images import MAX_PICTURE_SIDE, read_picture
 
 
-def test_what_is_transparent_becomes_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     ink = np.zeros((20, 30, 4), np.uint8)  # black everywhere, but only a stroke of it opaque
     ink[5:15, 10:12, 3] = 255
     expected = np.full((20, 30, 3), 255, np.uint8)
@@ -27,21 +27,21 @@ def test_what_is_transparent_becomes_white(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "suffix"),
+    ("values", "dtype", "suffix"),
     [
-        (np.array([0, 2048, 4095], np.uint16), "png"),  # 12 bits in 16
-        (np.array([30000, 45000, 60000], np.uint16), "tif"),
-        (np.array([-1000, 0, 1000], np.int32), "tif"),
-        (np.array([0, 0.25, 0.5], np.float32), "tif"),
+        ((0, 2048, 4095), np.uint16, "png"),  # 12 bits in 16
+        ((30000, 45000, 60000), np.uint16, "tif"),
+        ((-1000, 0, 1000), np.int32, "tif"),
+        ((0, 0.25, 0.5), np.float32, "tif"),
     ],
 )
-def test_more_than_8_bits_are_scaled_by_their_own_range(tmp_path, values, suffix):
-    path = tmp_path / f"deep.{suffix}"
-    Image.fromarray(np.tile(values, (4, 1))).save(path)
+def test_more_than_8_bits_are_scaled_by_their_own_range(tmp_path, values, dtype, suffix):
+    image, path = np.tile(np.array(values, dtype), (4, 1)), tmp_path / f"deep.{suffix}"
+    Image.fromarray(image).save(path)
     pixels = read_picture(path).pixels
     assert pixels.shape == (4, 3, 3)
     np.testing.assert_allclose(pixels[0, :, 0], [0, 127.5, 255], atol=1)
-    np.testing.assert_array_equal(read_picture(np.tile(values, (4, 1))).pixels, pixels)
+    np.testing.assert_array_equal(read_picture(image).pixels, pixels)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
@@ -73,18 +73,16 @@ def test_an_array_is_a_picture(shape):
     np.testing.assert_array_equal(read_picture(image).pixels, expected)
 
 
-@pytest.mark.parametrize(
-    "array",
-    [np.zeros((5, 7, 2, 3), np.uint8), np.zeros((5, 7, 3)), np.zeros(5, np.uint8), np.full((5, 7), np.nan, np.float32)],
-)
-def test_an_array_that_is_none_is_refused(array):
-    with pytest.raises(UserError, match="the array is not a readable image") as error:
-        read_picture(array)
-    assert "\n" not in str(error.value)
+def test_array_that_is_no_image_is_refused():
+    shapes = np.zeros((5, 7, 2, 3), np.uint8), np.zeros((5, 7, 3)), np.zeros(5, np.uint8)
+    for array in (*shapes, np.full((5, 7), np.nan, np.float32)):
+        with pytest.raises(UserError, match="the array is not a readable image") as error:
+            read_picture(array)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", encoded(np.zeros((50, 50, 3), np.uint8))[:400]])
-def test_a_damaged_file_is_named(tmp_path, content):
+def test_damaged_file_is_named(tmp_path, content):
     (tmp_path / "damaged.jpg").write_bytes(content)
     with pytest.raises(UserError, match=r"damaged\.jpg is not a readable image"):
         read_picture(tmp_path / "damaged.jpg")

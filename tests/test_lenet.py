@@ -35,31 +35,17 @@ def test_the_network_equals_the_naive_one(channels):
     model.set_weights([value + rng.normal(0, 0.05, value.shape) for value in model.get_weights()])
     images = rng.integers(0, 256, (2, 12, 16, channels), dtype=np.uint8)
     feature_maps, logits = naive_lenet(images, *model.get_weights())
-    features_of = keras.Model(model.input, model.get_layer("feature_maps").output)
-    np.testing.assert_allclose(np.asarray(features_of(images)), feature_maps, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(np.asarray(model(images)), logits, rtol=1e-4, atol=1e-5)
+    both = keras.Model(model.input, [model.get_layer("feature_maps").output, model.output])
+    for found, expected in zip(both(images), (feature_maps, logits), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sizes():
     assert lenet().count_params() == 52_736
     assert lenet(channels=3).count_params() == 54_336
-    assert [weights.shape for weights in lenet().get_weights()] == [
-        (5, 5, 1, 32),
-        (32,),
-        (5, 5, 32, 64),
-        (64,),
-        (64, 10),
-    ]
+    shapes = [(5, 5, 1, 32), (32,), (5, 5, 32, 64), (64,), (64, 10)]
+    assert [weights.shape for weights in lenet().get_weights()] == shapes
     assert lenet(classes=7)(np.zeros((1, 100, 100, 1))).shape == (1, 7)
-
-
-def test_three_equal_channels_are_one_channel_with_the_summed_kernel():
-    keras.utils.set_random_seed(0)
-    rgb, grey = lenet(channels=3), lenet(channels=1)
-    kernel, *others = rgb.get_weights()
-    grey.set_weights([kernel.sum(axis=2, keepdims=True), *others])
-    images = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 1), dtype=np.uint8)
-    np.testing.assert_allclose(np.asarray(grey(images)), np.asarray(rgb(images.repeat(3, axis=3))), atol=1e-5)
 
 
 def test_the_originals_initialization():
@@ -71,8 +57,7 @@ def test_the_originals_initialization():
         assert 0.98 * bound < np.abs(kernel).max() <= bound
         assert kernel.std() == pytest.approx(bound / 3**0.5, rel=0.05)
     assert weights.std() == pytest.approx(0.01, rel=0.1)
-    assert not bias1.any()
-    assert not bias2.any()
+    assert not bias1.any() | bias2.any()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -97,21 +82,21 @@ def test_centred_weights_predict_the_same_and_stay_centred():
     keras.utils.set_random_seed(0)
     free, centred = lenet(), lenet()
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (32, 40, 40, 1), dtype=np.uint8), np.eye(10)[rng.integers(0, 10, 32)]
+    images, labels = rng.integers(0, 256, (32, 20, 20, 1), dtype=np.uint8), rng.integers(0, 10, 32)
     scale_to_unit_logits(free, images)
     centred.set_weights(free.get_weights())
     keep_zero_mean_over_classes(centred.get_layer("softmax_weights"))
     probabilities = [np.asarray(keras.ops.softmax(model(images))) for model in (free, centred)]
-    np.testing.assert_allclose(*probabilities, atol=1e-5)
-    drift = []
-    for model in (free, centred):
-        model.compile(keras.optimizers.Adam(0.01), keras.losses.CategoricalCrossentropy(from_logits=True))
-        start = model.get_weights()[-1].mean(axis=1)
+    np.testing.assert_allclose(*probabilities, rtol=1e-5)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for model, is_centred in ((free, False), (centred, True)):
+        means = [model.get_weights()[-1].mean(axis=1)]
+        model.compile(keras.optimizers.Adam(0.01), loss, run_eagerly=True)
         for _ in range(5):
             model.train_on_batch(images, labels)
-        drift.append(np.abs(model.get_weights()[-1].mean(axis=1) - start).max())
-    assert drift[0] > 1e-3  # of Adam
-    assert drift[1] < 1e-6
+        means.append(model.get_weights()[-1].mean(axis=1))
+        assert is_centred or np.abs(means[1] - means[0]).max() > 1e-3  # the drift of Adam
+        assert (np.abs(means).max() < 1e-6) == is_centred
 
 
 def test_bfloat16_gives_float32_logits_near_those_of_float32():
@@ -139,7 +124,7 @@ def test_a_location_depends_on_its_receptive_field_and_on_nothing_else(size):
         changed = np.stack([image] * (size[axis] + 1))  # the last stays as it is
         for pixel in range(size[axis]):
             changed[pixel].swapaxes(0, axis)[pixel] += 50
-        *found, plain = feature_maps.predict(changed, verbose=0).sum(axis=-1)
+        *found, plain = np.asarray(feature_maps(changed)).sum(axis=-1)
         depends = (np.array(found) != plain).any(axis=2 - axis)  # (pixels, locations)
         for location in range(depends.shape[1]):
             first, last = start + stride * location, start + stride * location + length

@@ -24,14 +24,9 @@ def checkpoint(tmp_path_factory):
     """A checkpoint as the original wrote them, and its weights."""
     tf = pytest.importorskip("tensorflow").compat.v1
     rng = np.random.default_rng(0)
-    shapes = {
-        "LeNet/conv1/weights": (5, 5, 3, 32),
-        "LeNet/conv1/biases": (32,),
-        "LeNet/conv2/weights": (5, 5, 32, 64),
-        "LeNet/conv2/biases": (64,),
-        "LeNet/GAP/W": (64, 10),
-    }
-    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    shapes = {"conv1/weights": (5, 5, 3, 32), "conv1/biases": (32,)}
+    shapes |= {"conv2/weights": (5, 5, 32, 64), "conv2/biases": (64,), "GAP/W": (64, 10)}
+    weights = {f"LeNet/{name}": rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     path = str(tmp_path_factory.mktemp("original") / "model.ckpt-100")
     with tf.Graph().as_default(), tf.Session() as session:
         for name, value in weights.items():
@@ -51,30 +46,40 @@ def test_the_originals_checkpoint_is_its_network_on_one_channel(checkpoint):
     assert load_preprocessing(path)["digit"]
 
 
-def test_evaluate_takes_a_checkpoint_and_a_saved_model(checkpoint, tmp_path, random_images):
-    path, _ = checkpoint
+@pytest.fixture
+def evaluate(tmp_path, random_images):
+    """Runs mnist.py --evaluate on ten small images; a model is saved first."""
     data = write_data(tmp_path / "data", random_images, range(10), boxes=[(2, 3, 12, 11)] * 10)
-    load_network(path).save(tmp_path / "model.keras")
-    outputs = [call(mnist, "--data", data, "--evaluate", file) for file in (path, tmp_path / "model.keras")]
+
+    def run(model, name="model.keras", *arguments):
+        path = model
+        if isinstance(model, keras.Model):
+            path = tmp_path / name
+            model.save(path)
+        return call(mnist, "--data", data, "--evaluate", path, "--out", tmp_path / "out", *arguments)
+
+    return run
+
+
+def test_evaluate_takes_a_checkpoint_and_a_saved_model(checkpoint, evaluate, tmp_path):
+    path, _ = checkpoint
+    outputs = [evaluate(path), evaluate(load_network(path))]
     for process in outputs:
-        assert process.returncode == 0, process.stderr
-        assert process.stderr == ""
+        assert (process.returncode, process.stderr) == (0, "")
         assert "on all 3 test images" in process.stdout
         assert "GT-known localization" in process.stdout
     assert outputs[0].stdout == outputs[1].stdout
-    assert not (tmp_path / "out").exists()
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["confusion.png"]
 
 
-def test_evaluate_takes_a_network_with_max_pooling(tmp_path, random_images):
-    data = write_data(tmp_path / "data", random_images, range(10), boxes=[(2, 3, 12, 11)] * 10)
-    lenet(pooling="max").save(tmp_path / "model.keras")
-    process = call(mnist, "--data", data, "--evaluate", tmp_path / "model.keras", "--pooling", "max")
+def test_evaluate_takes_a_network_with_max_pooling(evaluate):
+    process = evaluate(lenet(pooling="max"), "model.keras", "--pooling", "max")
     assert process.returncode == 0, process.stderr
     assert "MaxBoxAcc" in process.stdout
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.keras", "text", "text.keras", "text.KERAS", "zip.keras"])
-def test_what_is_no_network_is_named(tmp_path, name):
+def test_missing_or_damaged_file_is_named(tmp_path, name):
     path = tmp_path / name
     if name.startswith("text"):
         path.write_text("nothing")
@@ -84,16 +89,6 @@ def test_what_is_no_network_is_named(tmp_path, name):
     with pytest.raises(UserError, match=f"{name} is ") as error:
         load_network(path)
     assert "\n" not in str(error.value)
-
-
-def test_no_code_of_a_saved_model_is_run(tmp_path):
-    images = keras.Input((8, 8, 1))
-    maps = layers.Lambda(lambda x: x * 1.0)(images)
-    model = keras.Model(images, layers.Dense(2)(layers.GlobalAveragePooling2D()(maps)))
-    for name in ("model.keras", "model.h5"):
-        model.save(tmp_path / name)
-        with pytest.raises(UserError, match=f"{name} has a Lambda layer, and code in a file is not run"):
-            load_network(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["keras", "h5", "hdf5", "KERAS", "H5"])
@@ -120,11 +115,14 @@ class OwnLayer(layers.Layer):
         ("mine.keras", "save", "needs OwnLayer, which is not a part of Keras"),
         ("mine.h5", "save", "needs OwnLayer, which is not a part of Keras"),
         ("mine", "export", "is a TensorFlow SavedModel"),
+        ("lambda.keras", "save", "has a Lambda layer, and code in a file is not run"),
+        ("lambda.h5", "save", "has a Lambda layer, and code in a file is not run"),
     ],
 )
 def test_unloadable_file_is_named(tmp_path, name, save, text):
+    layer = layers.Lambda(lambda x: x * 1.0) if name.startswith("lambda") else OwnLayer()
     images = keras.Input((8, 8, 1))
-    model = keras.Model(images, layers.Dense(2)(layers.GlobalAveragePooling2D()(OwnLayer()(images))))
+    model = keras.Model(images, layers.Dense(2)(layers.GlobalAveragePooling2D()(layer(images))))
     written = tmp_path / ("model.weights.h5" if save == "save_weights" else name)
     getattr(model, save)(written, **({"verbose": False} if save == "export" else {}))
     written.rename(tmp_path / name)
@@ -133,22 +131,12 @@ def test_unloadable_file_is_named(tmp_path, name, save, text):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"digits": true}',
-        '{"pixel_range": [1, 0]}',
-        '{"pixel_range": 1}',
-        '{"short_side": 0}',
-        '{"digit": "false"}',
-    ],
-)
-def test_damaged_settings_of_images_are_named(tmp_path, text):
-    (tmp_path / "mine_images.json").write_text(text)
-    with pytest.raises(UserError, match=r"mine_images\.json must be like"):
-        load_preprocessing(tmp_path / "mine.keras")
+def test_damaged_preprocessing_file_is_named(tmp_path):
+    wrong_values = '{"pixel_range": [1, 0]}', '{"pixel_range": 1}', '{"short_side": 0}', '{"digit": "false"}'
+    for text in ("{", "[]", '{"digits": true}', *wrong_values):
+        (tmp_path / "mine_images.json").write_text(text)
+        with pytest.raises(UserError, match=r"mine_images\.json must be like"):
+            load_preprocessing(tmp_path / "mine.keras")
 
 
 @pytest.mark.parametrize("name", ["model.npz", "model.keras", "model"])
@@ -164,32 +152,24 @@ def test_no_pickle_is_loaded(tmp_path, name):
     assert not (tmp_path / "code was run").exists()
 
 
-def test_evaluate_wants_a_network_of_ten_digits(tmp_path, random_images):
-    data = write_data(tmp_path / "data", random_images, range(10))
-    lenet(classes=7).save(tmp_path / "seven.keras")
-    process = call(mnist, "--data", data, "--evaluate", tmp_path / "seven.keras")
-    assert_one_line_error(process, "seven.keras", "10 classes")
-    fixed = keras.Sequential(
-        [keras.Input((28, 28, 1)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, use_bias=False)]
-    )
-    fixed.save(tmp_path / "fixed.keras")
-    fitting = keras.Sequential(
-        [keras.Input((20, 30, 1)), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10, use_bias=False)]
-    )
-    fitting.save(tmp_path / "fitting.keras")
-    process = call(mnist, "--data", data, "--evaluate", tmp_path / "fitting.keras", "--out", tmp_path / "out")
-    assert process.returncode == 0, process.stderr
-    process = call(mnist, "--data", data, "--evaluate", tmp_path / "fixed.keras")
-    assert_one_line_error(process, "fixed.keras", "30 x 20 pixels and 1 channel(s), and have 10 classes")
-    with pytest.warns(UserWarning, match="not yet been built"):
-        keras.Sequential([layers.GlobalAveragePooling2D(), layers.Dense(10)]).save(tmp_path / "unbuilt.keras")
-    process = call(mnist, "--data", data, "--evaluate", tmp_path / "unbuilt.keras")
-    assert_one_line_error(process, "must be functional or Sequential, and built")
-    lenet().save(tmp_path / "ranged.keras")
+def pooled(*shape):
+    parts = [keras.Input(shape)] if shape else []
+    return keras.Sequential([*parts, layers.GlobalAveragePooling2D(), layers.Dense(10, use_bias=False)])
+
+
+@pytest.mark.filterwarnings("ignore:You are saving a model that has not yet been built")
+def test_evaluate_wants_a_network_of_ten_digits(evaluate, tmp_path):
+    assert evaluate(pooled(20, 30, 1)).returncode == 0
     (tmp_path / "ranged_images.json").write_text('{"pixel_range": [0, 1]}')
-    process = call(mnist, "--data", data, "--evaluate", tmp_path / "ranged.keras")
-    assert_one_line_error(process, 'ranged_images.json is not {"pixel_range": [0, 255]}, which')
-    assert_one_line_error(call(mnist, "--data", data, "--evaluate", tmp_path / "none"), "none is missing")
+    wanted = "images of 30 x 20 pixels and 1 channel(s), and have 10 classes"
+    for name, model, text in (
+        ("seven.keras", lenet(classes=7), f"seven.keras must take {wanted}"),
+        ("fixed.keras", pooled(28, 28, 1), f"fixed.keras must take {wanted}"),
+        ("unbuilt.keras", pooled(), "must be functional or Sequential, and built"),
+        ("ranged.keras", lenet(), 'ranged_images.json is not {"pixel_range": [0, 255]}, which'),
+    ):
+        assert_one_line_error(evaluate(model, name), text)
+    assert_one_line_error(evaluate(tmp_path / "none"), "none is missing")
 
 
 def test_a_network_of_keras_applications(application):
@@ -242,8 +222,3 @@ def test_without_network(monkeypatch, capsys, downloads):
     assert capsys.readouterr().err.splitlines() == [
         "the class names cannot be loaded, so numbers are shown: URL fetch failure on https://...: None"
     ]
-
-
-def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"ResNet51 is neither .* ResNet50"):
-        keras_application("ResNet51")

@@ -27,51 +27,6 @@ def lenet_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def color_model(tmp_path):
-    """Six classes of RGB images of 32 x 40 pixels, with bias and softmax."""
-    keras.utils.set_random_seed(1)
-    images = keras.Input((32, 40, 3))
-    maps = layers.Conv2D(5, 3, strides=4, activation="relu")(images)
-    pooled = layers.Dropout(0.5)(layers.GlobalAveragePooling2D()(maps))
-    model = keras.Model(images, layers.Dense(6, "softmax", bias_initializer="normal")(pooled), name="mine")
-    model.save(tmp_path / "mine.keras")
-    return tmp_path / "mine.keras", model
-
-
-def photo(path, size=(90, 120), mode="RGB"):
-    pixels = np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path)
-    return pixels
-
-
-def test_scores_boxes_and_maps_are_those_of_the_model(color_model, tmp_path):
-    path, model = color_model
-    pixels = photo(tmp_path / "a.png", (32, 40))
-    process = call(show, tmp_path / "a.png", "--model", path, "--top", 6, "--npy", "--out", tmp_path / "out")
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
-    dense, images = model.layers[-1], pixels[None].astype(np.float32)
-    features = keras.Model(model.input, model.layers[1].output)(images)
-    maps = np.asarray(class_activation_map(features, dense.kernel))[0]
-    scores = maps.mean(axis=(0, 1)) + np.asarray(dense.bias)
-    order = np.argsort(-scores)
-    written = np.load(tmp_path / "out" / "cam_a.npy")
-    np.testing.assert_allclose(written, maps[:, :, order].transpose(2, 0, 1), rtol=1e-4, atol=1e-4)
-    _, *lines = process.stdout.splitlines()
-    assert "cam_a.png" in lines[0]
-    probabilities = np.asarray(model(images))[0]
-    for line, label, class_map in zip(lines[1:], order, written, strict=True):
-        name, *_ = line.split()
-        assert name == str(label)
-        assert f"S = {scores[label]:8.2f}" in line
-        assert f"P = {probabilities[label]:6.1%}" in line
-        box = bounding_box(upsample(class_map[None], 32, 40)[0])
-        assert line.endswith("nowhere positive" if box is None else "box {} {} {} {}".format(*box))
-    # The picture: the image, its six maps, and the scale, in rows of six, at 200 pixels each.
-    assert Image.open(tmp_path / "out" / "cam_a.png").size == (6 * 208, 2 * (160 + 50))
-
-
 def classifier(activation=None, classes=4, size=(32, 40, 3), **convolution):
     """A network with random weights for `Network`."""
     keras.utils.set_random_seed(1)
@@ -85,33 +40,67 @@ def random_image(*size):
     return np.random.default_rng(sum(size)).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "linear"])
-def test_probabilities_are_those_of_the_network(activation):
-    model, image = classifier(activation), random_image(32, 40)
-    cams = predict_cams(image, Network(model, (0, 1)), top=4)
-    output = np.asarray(model(image[None] / np.float32(255)))[0]
-    expected = np.asarray(keras.ops.softmax(output)) if activation == "linear" else output
+def photo(path, *size, mode="RGB"):
+    """Writes a random image, and returns its path."""
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(random_image(*(size or (90, 120)))).convert(mode).save(path)
+    return path
+
+
+def show_images(*arguments):
+    """Runs show.py in this process; returns what it prints."""
+    process = call(show, *arguments)
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
+
+
+def test_scores_boxes_and_maps_are_those_of_the_model(tmp_path):
+    model, path = classifier("softmax", 6, strides=4), tmp_path / "mine.keras"
+    model.save(path)
+    images = photo(tmp_path / "a.png", 32, 40), "--model", path, "--out", tmp_path
+    _, *lines = show_images(*images, "--top", 6, "--npy").splitlines()
+    pixels, dense = random_image(32, 40)[None].astype(np.float32), model.layers[-1]
+    features = keras.Model(model.input, model.layers[1].output)(pixels)
+    maps = np.asarray(class_activation_map(features, dense.kernel))[0]
+    scores, probabilities = maps.mean(axis=(0, 1)) + np.asarray(dense.bias), np.asarray(model(pixels))[0]
+    order = np.argsort(-scores)
+    written = np.load(tmp_path / "cam_a.npy")
+    np.testing.assert_allclose(written, maps[:, :, order].transpose(2, 0, 1), rtol=1e-4, atol=1e-4)
+    assert "cam_a.png" in lines[0]
+    for line, label, class_map in zip(lines[1:], order, written, strict=True):
+        assert line.split()[0] == str(label)
+        assert f"S = {scores[label]:8.2f}  P = {probabilities[label]:6.1%}  " in line
+        box = bounding_box(upsample(class_map[None], 32, 40)[0])
+        assert line.endswith("nowhere positive" if box is None else "box {} {} {} {}".format(*box))
+    # The picture: the image, its six maps, and the scale, in rows of six, at 200 pixels each.
+    assert Image.open(tmp_path / "cam_a.png").size == (6 * 208, 2 * (160 + 50))
+
+
+@pytest.mark.parametrize(
+    ("activation", "classes"), [("softmax", 4), ("sigmoid", 4), ("linear", 4), ("sigmoid", 1), ("linear", 1)]
+)
+def test_probabilities_are_those_of_the_network(activation, classes):
+    """One output is two classes: the other one has the opposite score and map."""
+    model, image = classifier(activation, classes), random_image(32, 40)
+    cams = predict_cams(image, Network(model, (0, 1)))
+    expected = np.asarray(model(image[None] / np.float32(255)))[0]
+    if activation == "linear":
+        expected = np.asarray(keras.ops.softmax(expected) if classes > 1 else keras.ops.sigmoid(expected))
+    if classes == 1:
+        assert 0.01 < expected < 0.99
+        expected = np.array([1 - expected[0], expected[0]])
+        assert cams.scores[0] == -cams.scores[1]
+        np.testing.assert_array_equal(cams.maps[0], -cams.maps[1])
+    assert len(cams.classes) == len(expected)
     np.testing.assert_allclose(cams.probabilities, expected[cams.classes], atol=1e-5)
     assert list(cams.scores) == sorted(cams.scores, reverse=True)
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "linear"])
-def test_one_output_is_two_classes(activation):
-    model, image = classifier(activation, classes=1), random_image(32, 40)
-    cams = predict_cams(image, Network(model, (0, 1)), classes=[0, 1])
-    output = np.asarray(model(image[None] / np.float32(255)))[0, 0]
-    positive = output if activation == "sigmoid" else 1 / (1 + np.exp(-output))
-    np.testing.assert_allclose(cams.probabilities, [1 - positive, positive], atol=1e-5)
-    assert 0.01 < positive < 0.99
-    assert cams.scores[0] == -cams.scores[1]
-    np.testing.assert_array_equal(cams.maps[0], -cams.maps[1])
-
-
-def test_the_result_of_the_call_from_python():
+def test_predict_cams_equals_the_model_on_the_resized_image():
     model, image = classifier("softmax"), random_image(64, 50)
     cams = predict_cams(image, model, top=2)
     resized = transform.resize(image, (32, 40), preserve_range=True, anti_aliasing=True)[None].astype(np.float32)
-    scores, maps = (output[0] for output in exact_cam_model(model).predict(resized, verbose=0))
+    scores, maps = (np.asarray(output)[0] for output in exact_cam_model(model)(resized))
     assert list(cams.classes) == list(np.argsort(-scores)[:2])
     assert cams.names == [str(c) for c in cams.classes]
     np.testing.assert_allclose(cams.scores, scores[cams.classes], rtol=1e-5)
@@ -122,12 +111,8 @@ def test_the_result_of_the_call_from_python():
 
 def test_pixel_range_and_preprocessing():
     image = random_image(32, 40)
-    given = {
-        (): image,
-        ((0, 1),): image / 255,
-        ((-1, 1),): image / 127.5 - 1,
-        (None, "mobilenet_v2"): image / 127.5 - 1,
-    }
+    given = {(): image, ((0, 1),): image / 255}
+    given |= {((-1, 1),): image / 127.5 - 1, (None, "mobilenet_v2"): image / 127.5 - 1}
     for arguments, expected in given.items():
         network = Network(classifier(), *arguments)
         np.testing.assert_allclose(network.preprocess(image), expected, atol=1e-5)
@@ -135,20 +120,18 @@ def test_pixel_range_and_preprocessing():
         assert network.range_is_known == bool(arguments)
 
 
-def test_the_console_states_the_range_that_was_not_given(color_model, tmp_path):
-    path, _ = color_model
-    photo(tmp_path / "a.png")
-    arguments = [tmp_path / "a.png", "--model", path, "--out", tmp_path / "out"]
-    assert "mine.keras gets pixels of 0..255" in call(show, *arguments).stdout
-    assert "0..255" not in call(show, *arguments, "--pixel-range", 0, 1).stdout
+def test_the_console_states_the_range_that_was_not_given(tmp_path):
+    classifier().save(tmp_path / "mine.keras")
+    arguments = [photo(tmp_path / "a.png"), "--model", tmp_path / "mine.keras", "--out", tmp_path / "out"]
+    assert "mine.keras gets pixels of 0..255" in show_images(*arguments)
+    given = show_images(*arguments, "--pixel-range", 0, 1)
+    assert "0..255" not in given
     (tmp_path / "mine_images.json").write_text('{"pixel_range": [0, 1]}')
-    recorded = call(show, *arguments).stdout
-    assert recorded == call(show, *arguments, "--pixel-range", 0, 1).stdout
+    assert show_images(*arguments) == given
 
 
-def test_how_a_network_wants_its_images_is_recorded_beside_it(tmp_path):
-    model = classifier(size=(None, None, 3))
-    model.save(tmp_path / "mine.keras")
+def test_preprocessing_is_read_from_the_file_beside_the_network(tmp_path):
+    classifier(size=(None, None, 3)).save(tmp_path / "mine.keras")
     image = random_image(60, 90)
     assert Network(tmp_path / "mine.keras").preprocess(image).shape == (60, 90, 3)
     (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
@@ -159,77 +142,58 @@ def test_how_a_network_wants_its_images_is_recorded_beside_it(tmp_path):
     (tmp_path / "mine_images.json").write_text('{"digit": true}')
     image = np.zeros((100, 100, 3), np.uint8)
     image[11:31, 21:25] = 255
-    network = Network(tmp_path / "mine.keras")
-    np.testing.assert_array_equal(network.preprocess(255 - image), image)
+    np.testing.assert_array_equal(Network(tmp_path / "mine.keras").preprocess(255 - image), image)
 
 
-@pytest.mark.parametrize("name", ["lenet", "alexnet"])
-def test_nothing_depends_on_the_name_of_a_model(name):
-    model = classifier(size=(None, None, 3))
-    renamed = keras.Model(model.input, model.output, name=name)
-    image = random_image(50, 70)
-    np.testing.assert_array_equal(Network(renamed).preprocess(image), image)
-
-
-def test_one_side_fixed_keeps_the_proportions():
-    assert Network(classifier(size=(64, None, 3))).preprocess(random_image(32, 50)).shape == (64, 100, 3)
-    assert Network(classifier(size=(None, 25, 1))).preprocess(random_image(32, 50)).shape == (16, 25, 1)
-
-
-@pytest.mark.parametrize(
-    ("build", "text"),
-    [
-        (lambda: classifier(size=(None, None, 4)), "one image of 1 or 3 channels can be given"),
-        (lambda: keras.Sequential(), "must be functional or Sequential, and built"),
-    ],
-)
-def test_what_takes_no_image_is_refused(build, text):
-    with pytest.raises(UserError, match=text):
-        Network(build())
+def test_size_of_images():
+    """One fixed side keeps the proportions; whatever the name of a model, images of any size stay as they are."""
+    image = random_image(32, 50)
+    assert Network(classifier(size=(64, None, 3))).preprocess(image).shape == (64, 100, 3)
+    assert Network(classifier(size=(None, 25, 1))).preprocess(image).shape == (16, 25, 1)
+    any_size = classifier(size=(None, None, 3))
+    for name in ("lenet", "alexnet"):
+        renamed = keras.Model(any_size.input, any_size.output, name=name)
+        np.testing.assert_array_equal(Network(renamed).preprocess(image), image)
+    with pytest.raises(UserError, match="does not take 5 x 2 pixels; too small"):
+        predict_cams(random_image(2, 5), any_size)
 
 
 def test_settings_that_do_not_fit_the_network(tmp_path):
     classifier().save(tmp_path / "mine.keras")
     (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
-    with pytest.raises(UserError, match=r"fixed size, but .*mine_images\.json has short_side"):
-        Network(tmp_path / "mine.keras")
-    for preprocess, pixel_range in (("resnet", (0, 1)), (None, (1, 0))):
-        with pytest.raises(UserError, match="pixel range"):
-            Network(classifier(), pixel_range, preprocess)
-    with pytest.raises(UserError, match="grey images"):
-        Network(classifier(size=(32, 40, 1)), preprocess="resnet")
-    with pytest.raises(UserError, match="neither a file nor a network"):
-        Network("__class__")
-    with pytest.raises(UserError, match="is not a checkpoint"):
-        Network(".")
+    refused = {
+        (tmp_path / "mine.keras",): r"fixed size, but .*mine_images\.json has short_side",
+        (classifier(), (0, 1), "resnet"): "pixel range",
+        (classifier(), (1, 0)): "pixel range has the lower value first",
+        (classifier(size=(32, 40, 1)), None, "resnet"): "grey images",
+        (classifier(size=(None, None, 4)),): "one image of 1 or 3 channels can be given",
+        (keras.Sequential(),): "must be functional or Sequential, and built",
+        ("__class__",): "neither a file nor a network",
+        (".",): "is not a checkpoint",
+    }
+    for arguments, text in refused.items():
+        with pytest.raises(UserError, match=text):
+            Network(*arguments)
 
 
-@pytest.mark.parametrize("name", ["first", "second"])
-def test_one_of_several_outputs(name, tmp_path):
+def test_one_of_several_outputs():
     images = keras.Input((32, 40, 3))
     pooled = layers.GlobalAveragePooling2D()(layers.Conv2D(5, 3)(images))
     outputs = [layers.Dense(3, "softmax", name="first")(pooled), layers.Dense(4, "softmax", name="second")(pooled)]
     model = keras.Model(images, outputs)
     with pytest.raises(UserError, match="choose one of its outputs: first, second"):
         Network(model)
-    cams = predict_cams(random_image(32, 40), Network(model, output=name), top=9)
-    assert len(cams.classes) == (3 if name == "first" else 4)
-
-
-def test_an_image_too_small_for_the_network(tmp_path):
-    with pytest.raises(UserError, match="does not take 5 x 2 pixels; too small"):
-        predict_cams(random_image(2, 5), classifier(size=(None, None, 3)))
+    for name, count in (("first", 3), ("second", 4)):
+        assert len(predict_cams(random_image(32, 40), Network(model, output=name), top=9).classes) == count
 
 
 def test_a_large_photo_is_scaled_down_and_its_boxes_are_in_its_own_pixels(tmp_path):
     """Of a photo four times as large, decoded in a quarter, the boxes are four times as large."""
     small = np.kron(np.random.default_rng(0).integers(0, 256, (12, 16, 3)), np.ones((50, 50, 1))).astype(np.uint8)
-    Image.fromarray(small).save(tmp_path / "small.png")
+    network = Network(classifier())
+    expected = predict_cams(small, network)
     for name in ("large.png", "large.jpg"):
         Image.fromarray(small.repeat(4, axis=0).repeat(4, axis=1)).save(tmp_path / name)
-    network = Network(classifier())
-    expected = predict_cams(tmp_path / "small.png", network)
-    for name in ("large.png", "large.jpg"):
         cams = predict_cams(tmp_path / name, network)
         assert max(cams.picture.pixels.shape) == 1024
         assert (cams.picture.height, cams.picture.width) == (2400, 3200)
@@ -244,8 +208,7 @@ def test_a_grey_picture_is_inverted_under_the_colours(tmp_path):
     for name, size in (("grey", 1), ("colour", 3)):
         pixels = np.zeros((40, 40, 3), np.uint8)
         pixels[0, 0, size - 1 :] = 255 if size == 3 else 0
-        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-        cams = predict_cams(tmp_path / f"{name}.png", classifier(size=(40, 40, 3)), top=1)
+        cams = predict_cams(pixels, classifier(size=(40, 40, 3)), top=1)
         show.draw(tmp_path / "figure.png", name, cams, cams.maps)
         shown[name] = np.asarray(Image.open(tmp_path / "figure.png"))[100, 208 + 100].astype(int)
     assert shown["grey"].min() > 100
@@ -253,27 +216,22 @@ def test_a_grey_picture_is_inverted_under_the_colours(tmp_path):
 
 
 def test_images_of_the_same_name_are_all_drawn(lenet_file, tmp_path):
-    for folder in ("cats", "dogs"):
-        (tmp_path / folder).mkdir()
-        photo(tmp_path / folder / "1.png")
-    paths = [tmp_path / "cats/1.png", tmp_path / "dogs/1.png", tmp_path / "dogs/1.png"]
-    process = call(show, *paths, "--model", lenet_file, "--top", 1, "--out", tmp_path / "out")
-    assert process.returncode == 0, process.stderr
+    cat, dog = (photo(tmp_path / folder / "1.png") for folder in ("cats", "dogs"))
+    show_images(cat, dog, dog, "--model", lenet_file, "--top", 1, "--out", tmp_path / "out")
     found = {path.name for path in (tmp_path / "out").iterdir()}
     assert found == {"cam_cats_1.png", "cam_dogs_1.png", "cam_dogs_1_2.png", "boxes.csv"}
 
 
-def test_boxes_csv(lenet_file, tmp_path):
-    photo(tmp_path / "a.png")
+@pytest.mark.parametrize("is_script", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_boxes_csv(tmp_path, is_script):
+    """With class names in any script; also as a user starts show.py, on a console that cannot show them."""
+    lenet().save(tmp_path / "lenet.keras")
     names = ["Ziffer", "\u6570\u5b57", "\u0446\u0438\u0444\u0440\u0430", "d,e", *"456789"]
-    lenet_file.with_name("lenet_classes.txt").write_text("\n".join(names), encoding="utf-8-sig")
-    try:
-        arguments = [tmp_path / "a.png", "--model", lenet_file, "--top", 10, "--out", tmp_path / "out"]
-        process = run("show.py", *arguments, PYTHONIOENCODING="ascii")
-    finally:
-        lenet_file.with_name("lenet_classes.txt").unlink()
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == ""
+    (tmp_path / "lenet_classes.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    image = photo(tmp_path / "a.png")
+    arguments = [image, "--model", tmp_path / "lenet.keras", "--top", 10, "--out", tmp_path / "out"]
+    process = run("show.py", *arguments, PYTHONIOENCODING="ascii") if is_script else call(show, *arguments)
+    assert (process.returncode, process.stderr) == (0, "")
     table = rows(tmp_path / "out" / "boxes.csv")
     assert sorted(row["class"] for row in table) == sorted(names)  # without the byte order mark
     scores = [float(row["score"]) for row in table]
@@ -282,14 +240,15 @@ def test_boxes_csv(lenet_file, tmp_path):
     for row, line in zip(table, process.stdout.splitlines()[2:], strict=True):
         box = " ".join(row[edge] for edge in ("x0", "y0", "x1", "y1"))
         assert line.endswith(f"box {box}" if row["x0"] else "nowhere positive")
-        assert row["file"] == str(tmp_path / "a.png")
+        assert row["file"] == str(image)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("delay", [0.5, 2, 4])
+@pytest.mark.parametrize(
+    "delay", [0.5, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_leaves_no_traceback(lenet_file, tmp_path, delay):
-    photo(tmp_path / "a.png")
-    with start("show.py", *[tmp_path / "a.png"] * 2000, "--model", lenet_file, "--out", tmp_path) as process:
+    images = [photo(tmp_path / "a.png")] * 2000
+    with start("show.py", *images, "--model", lenet_file, "--out", tmp_path) as process:
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -300,8 +259,7 @@ def test_ctrl_c_leaves_no_traceback(lenet_file, tmp_path, delay):
 
 @pytest.mark.slow
 def test_after_ctrl_c_boxes_csv_has_the_images_that_were_shown(lenet_file, tmp_path):
-    photo(tmp_path / "a.png")
-    out, images = tmp_path / "out", [tmp_path / "a.png"] * 2000
+    out, images = tmp_path / "out", [photo(tmp_path / "a.png")] * 2000
     with start("show.py", *images, "--model", lenet_file, "--top", 1, "--out", out) as process:
         end = time.monotonic() + 60
         while len(list(out.glob("cam_*.png"))) < 3 and time.monotonic() < end:
@@ -321,27 +279,20 @@ def test_the_library_changes_nothing_in_a_process():
         import cam, lenet, mnist, show, experiment.predict
         assert state() == before
     """
-    assert run("-c", program).returncode == 0
-
-
-def test_many_images_of_many_kinds(lenet_file, tmp_path):
-    for name, size, mode in (("a.png", (100, 100), "L"), ("b.jpg", (300, 200), "RGB"), ("c.png", (30, 28), "RGBA")):
-        photo(tmp_path / name, size, "RGB" if name.endswith("jpg") else mode)
-    paths = [tmp_path / name for name in ("a.png", "b.jpg", "c.png")]
-    process = call(show, *paths, "--model", lenet_file, "--class", 3, 1, 4, "--npy", "--out", tmp_path / "out")
+    process = run("-c", program)
     assert process.returncode == 0, process.stderr
-    classes = [line.split()[0] for line in process.stdout.splitlines() if line.startswith("    ")]
-    assert classes == ["3", "1", "4"]
+
+
+def test_kinds_of_images_and_flags(lenet_file, tmp_path):
+    kinds = {"a.png": ((100, 100), "L"), "b.jpg": ((300, 200), "RGB"), "c.png": ((30, 28), "RGBA")}
+    paths = [photo(tmp_path / name, *size, mode=mode) for name, (size, mode) in kinds.items()]
+    output = show_images(*paths, "--model", lenet_file, "--class", 3, 1, 4, "--npy", "--out", tmp_path / "out")
+    assert [line.split()[0] for line in output.splitlines() if line.startswith("    ")] == ["3", "1", "4"]
     for name in "abc":
         assert (tmp_path / "out" / f"cam_{name}.png").exists()
         assert np.load(tmp_path / "out" / f"cam_{name}.npy").shape[0] == 1
-
-
-def test_relu_only_when_asked(lenet_file, tmp_path):
-    photo(tmp_path / "a.png")
     for flag in ([], ["--relu"]):
-        arguments = [tmp_path / "a.png", "--model", lenet_file, "--top", 10, "--npy", "--out", tmp_path]
-        assert call(show, *arguments, *flag).returncode == 0
+        show_images(paths[0], "--model", lenet_file, "--top", 10, "--npy", "--out", tmp_path, *flag)
         assert (np.load(tmp_path / "cam_a.npy").min() < 0) == (not flag)
 
 
@@ -352,28 +303,23 @@ def test_relu_only_when_asked(lenet_file, tmp_path):
         (["README.md"], ["README.md is not a readable image"]),
         (["GOOD", "--model", "nowhere.keras"], ["nowhere.keras is missing"]),
         (["GOOD", "--model", "nowhere/lenet.keras"], ["nowhere/lenet.keras is missing; run mnist.py first"]),
-        (["GOOD", "--model", "VGG17"], ["VGG17 is neither a file nor a network"]),
+        (["GOOD", "--model", "VGG17"], ["VGG17 is neither a file nor a network", "ResNet50"]),
         (["GOOD", "--class", "10"], ["--class", "0..9"]),
         (["GOOD", "--class", "1", "2"], ["--class", "one for each"]),
         (["GOOD", "--top", "0"], ["--top"]),
         (["GOOD", "--preprocess", "resnot"], ["preprocess: resnot is not a module"]),
         (["GOOD", "--pixel-range", "1", "0"], ["pixel range has the lower value first"]),
         (["GOOD", "--out", "README.md"], ["README.md"]),
+        (["GOOD", "--model", "FLAT"], ["no exact class activation map: layer 'flat' takes neither mean nor maximum"]),
     ],
 )
 def test_bad_input_is_named_in_one_line(lenet_file, tmp_path, arguments, parts):
-    photo(tmp_path / "good.png")
-    arguments = [tmp_path / "good.png" if argument == "GOOD" else argument for argument in arguments]
+    files = {"GOOD": photo(tmp_path / "good.png"), "FLAT": tmp_path / "flat.keras"}
+    if "FLAT" in arguments:
+        images = keras.Input((8, 8, 1))
+        keras.Model(images, layers.Dense(2)(layers.Flatten(name="flat")(images))).save(files["FLAT"])
     model = [] if "--model" in arguments else ["--model", lenet_file]
     out = [] if "--out" in arguments else ["--out", tmp_path / "out"]
-    process = call(show, *arguments, *model, *out)
+    process = call(show, *(files.get(argument, argument) for argument in arguments), *model, *out)
     assert_one_line_error(process, "show.py: ", *parts)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_network_of_another_form_is_refused(tmp_path):
-    images = keras.Input((8, 8, 1))
-    keras.Model(images, layers.Dense(2)(layers.Flatten(name="flat")(images))).save(tmp_path / "flat.keras")
-    photo(tmp_path / "a.png")
-    process = call(show, tmp_path / "a.png", "--model", tmp_path / "flat.keras", "--out", tmp_path / "out")
-    assert_one_line_error(process, "has no exact class activation map: layer 'flat' takes neither mean nor maximum")
