@@ -63,6 +63,7 @@ def small_run(archive):
     return out, process
 
 
+@pytest.mark.slow
 def test_what_a_run_writes(small_run, archive):
     out, process = small_run
     assert "12 training photos, 30 test photos of 3 classes, 24 test photos with boxes" in process.stdout
@@ -150,6 +151,7 @@ def test_a_folder_of_photos_of_ones_own(tmp_path):
     assert "10 training photos, 2 test photos of 2 classes" in folded.stdout, folded.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is(small_run, archive):
     out, _ = small_run
     before = (out / "alexnet.keras").read_bytes()
@@ -173,6 +175,7 @@ def test_a_run_continues_bit_for_bit(small_run, archive, tmp_path):
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_photos(small_run, archive, tmp_path):
     out, _ = small_run
     arguments = ["--out", out, "--steps", 3, *SMALL]
@@ -191,6 +194,7 @@ def test_a_run_is_not_resumed_with_other_photos(small_run, archive, tmp_path):
         archive.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_measured(small_run, archive, tmp_path):
     out, _ = small_run
     for name in "alexnet.keras", "alexnet_images.json":
@@ -207,6 +211,7 @@ def test_models_that_cannot_be_measured(small_run, archive, tmp_path):
     assert_one_line_error(evaluate(), "alexnet_images.json is not", '"short_side": 256}')
 
 
+@pytest.mark.slow
 def test_a_photo_in_maps_out(small_run, tmp_path):
     out, _ = small_run
     pixels, _ = shape("002.square", np.random.default_rng(1))
@@ -227,6 +232,7 @@ def test_a_photo_in_maps_out(small_run, tmp_path):
     assert abs(cells[1] - 15 * long / short) <= 1
 
 
+@pytest.mark.slow
 def test_names_that_do_not_fit_the_model(small_run, tmp_path):
     out, _ = small_run
     names = out / "alexnet_classes.txt"

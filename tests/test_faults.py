@@ -148,6 +148,7 @@ def flip(path):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "text"])
 def test_of_a_damaged_state_the_one_before_is_used(small_data, whole_run, stopped_run, damage):
     newest = stopped_run / "checkpoint.npz"
@@ -162,6 +163,7 @@ def test_of_a_damaged_state_the_one_before_is_used(small_data, whole_run, stoppe
     assert_same(stopped_run, whole_run[0])
 
 
+@pytest.mark.slow
 def test_a_figure_that_fails_costs_no_model(small_data, stopped_run):
     """A heatmap that is missing is left out of the strip; one that is damaged stops the figures, not the model."""
     (stopped_run / "img_1" / "cmap_0.png").unlink()
@@ -175,6 +177,7 @@ def test_a_figure_that_fails_costs_no_model(small_data, stopped_run):
     assert '"finished": true' in (stopped_run / "run.js").read_text()
 
 
+@pytest.mark.slow
 def test_when_both_states_are_damaged_the_run_stops(small_data, stopped_run):
     for name in ("checkpoint.npz", "checkpoint.previous.npz"):
         flip(stopped_run / name)
@@ -184,6 +187,7 @@ def test_when_both_states_are_damaged_the_run_stops(small_data, stopped_run):
     assert contents(stopped_run) == before
 
 
+@pytest.mark.slow
 def test_settings_of_another_run_are_refused(small_data, stopped_run):
     before = contents(stopped_run)
     process = call(mnist, *arguments(small_data, stopped_run), "--learning-rate", 0.5)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import keras
 import numpy as np
@@ -104,6 +105,20 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_run, s
         assert (tmp_path / "same" / name).read_bytes() == (small_run[0] / name).read_bytes(), name
     for name in "history.csv", "img_0/cmap_0.png", "img_0/cmap_5.png":
         assert (tmp_path / "other" / name).read_bytes() != (small_run[0] / name).read_bytes(), name
+
+
+def test_a_run_continues_bit_for_bit(small_run, small_data, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(small_run[0], out)
+    (out / "lenet.keras").unlink()
+    (out / "checkpoint.previous.npz").replace(out / "checkpoint.npz")
+    process = call(mnist, "--data", small_data, "--out", out, *FIVE_STEPS)
+    assert "resuming after step 4" in process.stdout, process.stderr
+    for path in [*small_run[0].rglob("*.png"), small_run[0] / "history.csv", small_run[0] / "run.js"]:
+        assert (out / path.relative_to(small_run[0])).read_bytes() == path.read_bytes(), path
+    weights = [keras.models.load_model(folder / "lenet.keras").get_weights() for folder in (out, small_run[0])]
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_data):
