@@ -77,7 +77,8 @@ def run_script(name, main, settings, stopped="stopped"):
         for number, handler in earlier.items():
             if handler is not signal.SIG_IGN:  # as with `nohup` or in the background
                 signal.signal(number, stop)
-        main(settings)
+        with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"):  # TensorFlow reads it whenever it logs
+            main(settings)
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
