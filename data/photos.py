@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.archive import File, list_files, read_bytes
 from experiment.files import UserError
-from experiment.images import MAX_ASPECT_RATIO
+from experiment.images import MAX_ASPECT_RATIO, MAX_PIXELS
 
 TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
@@ -33,10 +33,10 @@ BOXES_CSV = "boxes.csv"
 HEADER = ["file", "x0", "y0", "x1", "y1"]
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp")
 MAX_FILE = 1 << 25  # bytes
-MAX_PIXELS = 50_000_000
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "WEBP"]  # a few photos are not what their name says
 HIDDEN = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|\Z))")  # what macOS puts beside a file, and the like
 NUMBERED = re.compile(r"[0-9]{3}\.(.+)")  # a folder of Caltech-256
+NUMBERED_PHOTO = re.compile(r"(?:.*/)?([0-9]{3})\.[^/]+/\1_[0-9]{4}\.jpg")
 
 
 class Photos(NamedTuple):
@@ -73,15 +73,16 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
         UserError: The archive is missing or broken, or a class is missing or has too few photos.
     """
     sets, boxes, counts = find_photos(archive, chosen)
-    names = list(sets["train" if "train" in sets else ""])
+    separate = "train" in sets
+    names = list(sets["train" if separate else ""])
     if len(names) < 2:
         raise UserError(f"{archive} has photos of {len(names)} classes; two or more, each in a folder, are needed")
-    if "train" in sets and test_share is not None:
+    if separate and test_share is not None:
         raise UserError(f"{archive} has a test set; --test-share is for data without one")
-    train, test = [], []  # for each class a list of photos
-    for name in names:
-        if "train" in sets:
-            known, new = sets["train"][name], sets["test"].get(name, [])
+    train, test = [], []
+    for label, name in enumerate(names):
+        if separate:
+            known, new = sets["train"][name], sets["test"].pop(name, [])
             if not known:
                 raise UserError(f"{archive}: {name} has no training photo that can be used")
         else:
@@ -93,18 +94,16 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
         if fold:
             if len(known) < FOLDS:
                 raise UserError(f"{archive}: {name} has {len(known)} usable training photos; --fold needs {FOLDS}")
-            start, end = ((fold - 1 + k) * len(known) // FOLDS for k in (0, 1))
+            start, end = (fold - 1) * len(known) // FOLDS, fold * len(known) // FOLDS
             known, new = known[:start] + known[end:], known[start:end]
-        train.append(known)
-        test.append(new)
-    if unknown := set(sets.get("test", ())) - set(names):
-        raise UserError(f"{archive}: {min(unknown)} is in the test set, but not in the training set")
-    if not any(test):
+        train += [(label, photo) for photo in known]
+        test += [(turn, label, photo) for turn, photo in enumerate(new)]
+    if separate and sets["test"]:
+        raise UserError(f"{archive}: {min(sets['test'])} is in the test set, but not in the training set")
+    if not test:
         raise UserError(f"{archive} has no test photo that can be used")
-    turns = range(max(map(len, test)))
-    in_turn = [(label, photos[k]) for k in turns for label, photos in enumerate(test) if k < len(photos)]
-    one_by_one = [(label, photo) for label, photos in enumerate(train) for photo in photos]
-    return *(make_photos(labelled, boxes) for labelled in (one_by_one, in_turn)), names, dict(counts)
+    in_turn = [(label, photo) for _, label, photo in sorted(test)]
+    return make_photos(train, boxes), make_photos(in_turn, boxes), names, dict(counts)
 
 
 def load_all_photos(archive, names):
@@ -149,52 +148,60 @@ def find_photos(archive, chosen=None):
             counts["other files left out"] += 1
     if not photos:
         raise UserError(f"{archive} has no photos ({', '.join(SUFFIXES)})")
-    sets = group(photos, folders, counts)
-    names = {name for classes in sets.values() for name in classes}
+    above = find_sets(photos)
+    placed = group(photos, folders, above, counts)
+    names = sorted({folder for folder, _, _ in placed})
+    titles = {name: NUMBERED.sub(r"\1", name) if is_numbered(names) else name for name in names}
     wanted = set(chosen or names)
-    titles = {name: NUMBERED.sub(r"\1", name) if is_numbered(names) else name for name in sorted(names)}
-    if unknown := wanted - names - set(titles.values()):
+    if unknown := wanted - set(names) - set(titles.values()):
         raise UserError(f"{archive} has no class {min(unknown)!r}; it has {', '.join(titles.values())}")
-    titles = {name: title for name, title in titles.items() if {name, title} & wanted}
-    for which, classes in sets.items():
-        sets[which] = {title: classes[name] for name, title in titles.items() if name in classes}
-    check(archive, sets, counts)
-    kept = {photo.name: photo for classes in sets.values() for photos in classes.values() for photo in photos}
-    boxes = read_boxes(archive, tables, kept, counts)
-    return sets, boxes, counts
+    placed = [found for found in placed if {found[0], titles[found[0]]} & wanted]
+    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock while it decodes
+        checked = pool.map(check, [photo for _, _, photo in placed])
+        checked = list(tqdm(checked, f"checking {archive}", len(placed), unit=" photos", disable=None))
+    sets, by_name = {which: {} for which in above}, {}
+    for (folder, which, _), (photo, reason) in zip(placed, checked, strict=True):
+        found = sets[which].setdefault(titles[folder], [])
+        if reason:
+            counts[f"{reason} left out"] += 1
+        elif photo.name in by_name:
+            raise UserError(f"{archive} has duplicate photos of {titles[folder]}")
+        else:
+            found.append(photo)
+            by_name[photo.name] = photo
+    return sets, read_boxes(archive, tables, by_name, counts), counts
 
 
-def group(photos, folders, counts):
-    """Sorts photos by set and folder: set -> name of the folder -> photos. What is in no such folder is counted."""
-    parts = {photo: tuple(photo.name.split("/")) for photo in photos}
-    # The root is what photos of the usual depth have in common, above the folders of the classes.
-    depth = Counter(map(len, parts.values())).most_common(1)[0][0]
-    root = posixpath.commonpath(["/".join(path[:-2]) for path in parts.values() if len(path) == depth])
-    root = tuple(root.split("/")) if root else ()
-    tops = {name for path in parts.values() if path[: len(root)] == root for name in path[len(root) :][:1]}
-    test = next((name for name in ("test", "val") if {"train", name} <= tops), None)
-    sets = {"train": {}, "test": {}} if test else {"": {}}
-    for which, classes in sets.items():
-        above = (*root, test if which == "test" else which) if which else root
+def find_sets(photos):
+    """The path above the class folders of each set: {"train": "a/train/", "test": "a/val/"} or {"": "a/"}."""
+    depth, _ = Counter(photo.name.count("/") for photo in photos).most_common(1)[0]
+    usual = [posixpath.dirname(photo.name) for photo in photos if photo.name.count("/") == depth]
+    root = posixpath.join(posixpath.commonpath(map(posixpath.dirname, usual)), "")
+    for test in "test", "val":
+        sets = {"train": f"{root}train/", "test": f"{root}{test}/"}
+        if all(any(photo.name.startswith(above) for photo in photos) for above in sets.values()):
+            return sets
+    return {"": root}
+
+
+def group(photos, folders, above, counts):
+    """The photos in folders of classes, as a sorted list of (folder, set, photo); the others are counted."""
+    placed = []
+    for which, start in above.items():
         for photo in photos:
-            path = parts[photo]
-            if path[: len(above)] == above and len(path) >= len(above) + 2 and path[len(above)].isprintable():
-                classes.setdefault(path[len(above)], []).append(photo)
-        for folder in folders:
-            *before, name = folder.split("/")
-            if tuple(before) == above and name not in classes and not HIDDEN.search(folder):
-                counts["empty folders left out"] += 1
-    placed = {photo for classes in sets.values() for found in classes.values() for photo in found}
-    if is_numbered({name for classes in sets.values() for name in classes}):  # Caltech-256, and a few strays
-        for which, classes in sets.items():
-            for name, found in classes.items():
-                fitting = re.compile(rf"(?:.*/)?{re.escape(name)}/{name[:3]}_[0-9]{{4}}\.jpg")
-                classes[name] = [photo for photo in found if fitting.fullmatch(photo.name)]
-            sets[which] = {name: found for name, found in classes.items() if found}
-        placed = {photo for classes in sets.values() for found in classes.values() for photo in found}
+            folder, below, _ = photo.name.removeprefix(start).partition("/")
+            if photo.name.startswith(start) and below and folder.isprintable():
+                placed.append((folder, which, photo))
+    filled = {above[which] + folder for folder, which, _ in placed}
+    for path in folders:
+        parent = posixpath.join(posixpath.dirname(path), "")
+        if parent in above.values() and path not in filled and not HIDDEN.search(path):
+            counts["empty folders left out"] += 1
+    if is_numbered({folder for folder, _, _ in placed}):  # Caltech-256, and a few strays
+        placed = [found for found in placed if NUMBERED_PHOTO.fullmatch(found[-1].name)]
     if len(placed) < len(photos):
         counts["photos elsewhere left out"] = len(photos) - len(placed)
-    return sets
+    return sorted(placed)
 
 
 def is_numbered(names):
@@ -202,64 +209,41 @@ def is_numbered(names):
     return len({name[4:] for name in names if NUMBERED.fullmatch(name)}) == len(names)
 
 
-def check(archive, sets, counts):
-    """Decodes each photo. What is not readable or very long is taken out and counted, the others get their sizes."""
-    photos = [photo for classes in sets.values() for found in classes.values() for photo in found]
-    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock while it decodes
-        checked = pool.map(measure_size, photos)
-        checked = list(tqdm(checked, f"checking {archive}", len(photos), unit=" photos", disable=None))
-    measured = {photo: found for photo, found in zip(photos, checked, strict=True) if found}
-    usable = {
-        photo: found
-        for photo, found in measured.items()
-        if max(found.width, found.height) <= MAX_ASPECT_RATIO * min(found.width, found.height)
-    }
-    for classes in sets.values():
-        for name, found in classes.items():
-            classes[name] = [usable[photo] for photo in found if photo in usable]
-            if len({photo.name for photo in classes[name]}) < len(classes[name]):
-                raise UserError(f"{archive} has duplicate photos of {name}")
-    if None in checked:
-        counts["unreadable photos left out"] = checked.count(None)
-    if len(usable) < len(measured):
-        counts[f"photos longer than {MAX_ASPECT_RATIO}:1 left out"] = len(measured) - len(usable)
-
-
-def measure_size(photo):
-    """The photo with its size, or None if it is not readable."""
+def check(photo):
+    """Decodes a photo; returns it with its size, and the reason to leave it out, or None."""
     try:
         image = open_image(photo)
         image.load()
         width, height = ImageOps.exif_transpose(image).size
     except Exception:  # Pillow raises a dozen kinds for a bad image
-        return None
-    return photo._replace(width=width, height=height)
+        return photo, "unreadable photos"
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        return photo, f"photos longer than {MAX_ASPECT_RATIO}:1"
+    return photo._replace(width=width, height=height), None
 
 
 def read_boxes(archive, tables, photos, counts):
     """The boxes of the photos, from all files boxes.csv: name of a photo -> (n, 4) float64."""
     boxes = {}
     for table in tables:
+        rows = csv.reader(io.TextIOWrapper(io.BytesIO(read_bytes(table)), "utf-8-sig"))
         try:
-            rows = csv.reader(io.StringIO(read_bytes(table).decode("utf-8-sig")))
             if next(rows, None) != HEADER:
-                raise ValueError(f"its first line is not {','.join(HEADER)}")
+                raise ValueError(f"the header must be {','.join(HEADER)}")
             for row in filter(None, rows):
-                line = f"line {rows.line_num}"
                 if len(row) != 5:
-                    raise ValueError(f"{line} has {len(row)} values, not 5")
+                    raise ValueError(f"{len(row)} values, not 5")
                 name = posixpath.normpath(posixpath.join(posixpath.dirname(table.name), row[0].replace("\\", "/")))
-                box = [float(value) for value in row[1:]]
-                photo = photos.get(name)
-                if photo is None:
+                x0, y0, x1, y1 = (float(value) for value in row[1:])
+                if name not in photos:
                     counts["boxes without a photo left out"] += 1
                     continue
-                x0, y0, x1, y1 = box
-                if not (0 <= x0 < x1 <= photo.width and 0 <= y0 < y1 <= photo.height):
-                    raise ValueError(f"{line}: no box in {row[0]}, which has {photo.width} x {photo.height} pixels")
-                boxes.setdefault(name, []).append(box)
+                width, height = photos[name].width, photos[name].height
+                if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+                    raise ValueError(f"no box in {row[0]}, which has {width} x {height} pixels")
+                boxes.setdefault(name, []).append([x0, y0, x1, y1])
         except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
-            raise UserError(f"{archive}: {table.name}: {error}") from None
+            raise UserError(f"{archive}: {table.name}, line {rows.line_num}: {error}") from None
     return {name: np.array(found) for name, found in boxes.items()}
 
 

