@@ -57,7 +57,7 @@ RECIPES = {
     },
     "scratch": {"epochs": 20},
 }
-TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes all
+FIRST_TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes all
 
 
 def train_model(settings):
@@ -91,27 +91,27 @@ def train_model(settings):
     save_images(settings.out, samples.images)
     batches = prefetch(lambda step: make_batch(train, settings, step), range(max(run.step, 0), settings.steps))
 
-    for step in run.steps():  # step 0 comes before training
+    for step in run.steps():  # step 0 evaluates the untrained model
         if step > 0:
             photos, labels = next(batches)  # (B, 224, 224, 3), (B,)
             run.add_loss(*model.train_on_batch(photos, keras.utils.to_categorical(labels, len(names))))
 
         if run.is_due(step):
-            tested = len(test.labels) if step == settings.steps else max(TEST_PHOTOS, settings.samples)
+            tested = len(test.labels) if step == settings.steps else max(FIRST_TEST_PHOTOS, settings.samples)
             # Crops -> logits S_c (N, C) and class activation maps M_c of the true classes (N, 13, 13)
             measured, logits, maps = metrics.evaluate(cam_model, crops.first(tested))
             measured |= localize_photos(cam_model, test.first(tested))
             # Maps of the samples -> size of the crops (S, 224, 224) -> heatmaps, 0..1 -> img_0/cmap_100.png ...
-            maps = cam.upsample(maps[: settings.samples], CROP_SIDE, CROP_SIDE)
-            save_heatmaps(settings.out, step, samples.images, cam.normalize(maps))
-            boxes = [cam.bounding_box(class_map) for class_map in maps]
+            upsampled = cam.upsample(maps[: settings.samples], CROP_SIDE, CROP_SIDE)
+            save_heatmaps(settings.out, step, samples.images, cam.normalize(upsampled))
+            boxes = [cam.bounding_box(class_map) for class_map in upsampled]
             run.record(measured, len(logits), logits.argmax(axis=1)[: settings.samples], boxes)
 
     # The same weights in float32 layers, for any machine
-    trained = alexnet(len(names), location_dropout=settings.location_dropout)
-    trained.set_weights(model.get_weights())
-    run.save_model(trained, names, preprocessing={"short_side": SHORT_SIDE, "pixel_range": (0, 255)})
-    save_figures(settings.out, trained, crops, names, run.history)
+    float32_model = alexnet(len(names), location_dropout=settings.location_dropout)
+    float32_model.set_weights(model.get_weights())
+    run.save_model(float32_model, names, preprocessing={"short_side": SHORT_SIDE, "pixel_range": (0, 255)})
+    save_figures(settings.out, float32_model, crops, names, run.history)
     run.finish()
 
 
@@ -122,7 +122,7 @@ def build_model(settings, classes, weights):
         set_convolutions(model, weights)
         for name in CONVOLUTIONS:  # frozen, a step takes a third of the time
             model.get_layer(name).trainable = settings.pretrained_lr_scale > 0
-    keep_zero_mean_over_classes(model.get_layer("softmax_weights"))  # ours, not the paper's, see there
+    keep_zero_mean_over_classes(model.get_layer("softmax_weights"))  # ours, not the paper's: see its docstring
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing)
     model.compile(make_optimizer(settings), loss, metrics=["accuracy"], jit_compile=JIT_COMPILE)
     return model

@@ -2,7 +2,7 @@
 
     f_k(x, y)   activation of unit k of the last convolutional layer at location (x, y): the feature maps
     w_k^c       softmax weight of class c for unit k
-    F_k         mean of f_k over the locations: global average pooling
+    F_k         mean of f_k over the locations: global average pooling (in the paper their sum)
     S_c         sum_k w_k^c F_k: the logit of class c                         equation (1)
     M_c(x, y)   sum_k w_k^c f_k(x, y): the class activation map of class c    equation (2)
 
@@ -19,6 +19,8 @@ from skimage import measure
 def class_activation_map(feature_maps, softmax_weights):
     """Equation (2): M_c(x, y) = sum_k w_k^c f_k(x, y). No bias, no ReLU: M_c may be negative.
 
+    This is the definition; `class_activation_model` gives the same maps with the layers of a network.
+
     Args:
         feature_maps: f_k, (N, H, W, K).
         softmax_weights: w_k^c, (K, C).
@@ -32,13 +34,14 @@ def class_activation_map(feature_maps, softmax_weights):
 def class_activation_model(model, feature_maps="feature_maps", softmax_weights="softmax_weights"):
     """Turns a classifier into a model that gives logits and class activation maps in one forward pass.
 
-    The layer that gives the logits from the pooled features F_k computes equation (2) when it is applied to the feature
-    maps: at each location, instead of to their mean.
+    The layer that computes the logits S_c from the pooled features F_k, equation (1), computes the maps M_c, equation
+    (2), when it is applied to the feature maps: at each location, instead of to their mean.
 
     Args:
         model: Functional Keras model: feature maps -> global average pooling -> `Dense(C, use_bias=False)`.
         feature_maps: Name of the layer whose output is f_k, (N, H, W, K).
-        softmax_weights: Name of the Dense layer. Both layers are used, not copied: the maps follow the training.
+        softmax_weights: Name of the Dense layer. Layers are shared with `model`, so the maps reflect its current
+            weights.
 
     Returns:
         Keras model from the same images to [S_c (N, C), M_c (N, H, W, C)].
@@ -47,26 +50,29 @@ def class_activation_model(model, feature_maps="feature_maps", softmax_weights="
         ValueError: There is no such layer, or the Dense layer has a bias or an activation.
     """
     f = model.get_layer(feature_maps).output  # f_k: (N, H, W, K)
-    dense = model.get_layer(softmax_weights)  # F_k -> S_c, equation (1)
+    dense = model.get_layer(softmax_weights)  # F_k -> S_c, equation (1); f_k -> M_c, equation (2)
     if dense.use_bias or dense.activation is not keras.activations.linear:
         raise ValueError(f"layer {softmax_weights!r} must be Dense(C, use_bias=False), with no activation")
     return keras.Model(model.input, [model.output, dense(f)], name=f"{model.name}_cam")
 
 
 def upsample(maps, height, width):
-    """Upsamples maps (N, H, W) or (N, H, W, C) to `height` x `width`: bilinear, half-pixel centres (section 2)."""
+    """Upsamples maps (N, H, W) or (N, H, W, C) to `height` x `width`, bilinear.
+
+    The paper upsamples to the size of the image and does not say how (section 2). Pixel centres are at half integers.
+    """
     if len(maps.shape) == 3:
         return upsample(maps[..., None], height, width)[..., 0]
     return ops.convert_to_numpy(ops.image.resize(maps, (height, width), "bilinear", data_format="channels_last"))
 
 
 def normalize(maps):
-    """Scales each map of (..., H, W) to [0, 1], float32, by its minimum and maximum; a constant map becomes zeros.
+    """Scales each map (H, W) of (..., H, W) to [0, 1] by its minimum and maximum; a constant map becomes zeros.
 
     Raises:
         ValueError: A map has a value that is not finite.
     """
-    maps = np.asarray(maps, np.float64)  # in which the difference of two float32 cannot overflow
+    maps = np.asarray(maps, np.float64)  # so that high - low cannot overflow
     if not np.isfinite(maps).all():
         raise ValueError("a class activation map is not finite: weights or image have infinite or NaN values")
     low, high = maps.min(axis=(-2, -1), keepdims=True), maps.max(axis=(-2, -1), keepdims=True)
@@ -81,7 +87,8 @@ def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=None):
         heatmap: (H, W), 0..1: a map upsampled to the size of the image, and normalized.
         colormap: Name of a matplotlib colormap.
         opacity: Opacity of the heatmap, 0..1.
-        invert: Whether to invert the image first; by default a grey one is, so that black does not darken the colours.
+        invert: Whether to invert the image first. By default grey images are inverted: a black background would darken
+            the colours.
     """
     colors = 255 * matplotlib.colormaps[colormap](np.linspace(0, 1, 256, dtype=np.float32))[:, :3]  # (256, 3)
     background = image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)
@@ -114,9 +121,9 @@ def bounding_box(class_map, threshold=0.2):
 def largest_component_box(mask):
     """Box (x0, y0, x1, y1), half-open, around the largest connected component of a mask (H, W); None if it is empty.
 
-    Locations that touch at a corner are connected. Of components of equal size the first in reading order counts.
+    Locations that touch at a corner are connected. Of components of equal size, the first in raster order counts.
     """
-    labels = measure.label(mask, connectivity=2)  # (H, W): 0 outside, 1, 2 ... by reading order
+    labels = measure.label(mask, connectivity=2)  # (H, W): 0 outside, 1, 2 ... in raster order
     if not labels.any():
         return None
     component = labels == np.bincount(labels[labels > 0]).argmax()

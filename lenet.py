@@ -8,12 +8,12 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-# Location i of the feature maps depends on 16 pixels from -6 + 4 i on, in rows and in columns.
+# In rows and in columns, location i of the feature maps covers the 16 pixels starting at 4 i - 6.
 RECEPTIVE_FIELD = {"start": -6, "stride": 4, "length": 16}
 
 
 def lenet(channels=1, classes=10, precision="float32", pooling="average", location_dropout=0.0):
-    """Builds the network with the initial weights of the original.
+    """Builds the network with initial weights as in the repository of 2017.
 
     Args:
         channels: Channels of the input images.
@@ -22,12 +22,12 @@ def lenet(channels=1, classes=10, precision="float32", pooling="average", locati
             weights and logits are float32 with either.
         pooling: "average", or "max" for the comparison in the paper's section 3.2: global max pooling.
         location_dropout: Share of the locations of the feature maps that are hidden in training, all units at once.
-            Not in the paper, ours: a class has to find evidence in all of the digit, not just in its best stroke. In
+            Not in the paper, ours: it forces each class to use the whole digit, not just the most telling stroke. In
             the spirit of Hide-and-Seek (Singh and Lee 2017), which hides patches of the image.
 
     Returns:
         Keras model from images (N, H, W, channels), 0..255, to logits S_c (N, C). The feature maps f_k
-        (N, H/4, W/4, 64) are the output of its layer "feature_maps".
+        (N, H/4, W/4, 64), rounded up, are the output of its layer "feature_maps".
     """
     images = keras.Input((None, None, channels), name="images")  # (N, H, W, channels)
     x = layers.Rescaling(1 / 255, name="rescaling")(images)
@@ -57,7 +57,7 @@ def lenet(channels=1, classes=10, precision="float32", pooling="average", locati
 def scale_to_unit_logits(model, images):
     """Scales the initial weights so that the network learns from the first step.
 
-    With the original's initial weights the logits hardly differ: the mean over 625 locations dilutes a digit that
+    With the initial weights of 2017 the logits hardly differ: the mean over 625 locations dilutes a digit that
     covers 4% of them, and training stays on a plateau until the weights have grown. Here the logits get unit variance,
     as LSUV initialization (Mishkin and Matas 2016) does in every layer, and all kernels the same standard deviation, so
     that Adam's steps fit each layer.

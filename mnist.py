@@ -61,8 +61,8 @@ RECIPES = {
         "precision": "float32",
     },
 }
-TEST_IMAGES = 100  # evaluated during training; the final evaluation takes all
-KEEP_WEIGHTS = 8  # steps whose weights are in out/draw.html
+FIRST_TEST_IMAGES = 100  # evaluated during training; the final evaluation takes all
+DRAW_STEPS = 8  # steps whose weights are kept, for out/draw.html
 
 
 def train_model(settings):
@@ -83,38 +83,41 @@ def train_model(settings):
 
     # Images -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c, equation (1)
     model = build_model(settings, train.images[:256])
-    # The same layers and weights: images -> S_c (N, C) and M_c, equation (2) (N, 25, 25, C)
+    # The same layers and weights: images -> S_c (N, C) and M_c, equation (2) (N, 25, 25, C). M_c is computed from all
+    # locations: the feature maps are taken before the layer that hides some of them in training.
     cam_model = cam.class_activation_model(model)
 
     # Lock, checkpoint (restored into the model), history, page
-    run = RunFolder(settings, model, (train, test), KEEP_WEIGHTS)
+    run = RunFolder(settings, model, (train, test), DRAW_STEPS)
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
     run.open_page(samples, names, samples.boxes)
     save_images(settings.out, samples.images)
 
-    for step in run.steps():  # step 0 comes before training
+    for step in run.steps():  # step 0 evaluates the untrained model
         if step > 0:
             batch = batch_indices(step - 1, settings.batch_size, count, settings.order, settings.seed)  # (B,)
             run.add_loss(*model.train_on_batch(train.images[batch], one_hot[batch]))
 
         if run.is_due(step):
-            tested = test if step == settings.steps else test.first(max(TEST_IMAGES, settings.samples))
+            # The first test images, the samples among them; after the last step all
+            test_images = test if step == settings.steps else test.first(max(FIRST_TEST_IMAGES, settings.samples))
             # Images -> logits S_c (N, C) and class activation maps M_c of the true classes (N, 25, 25)
-            metrics, logits, maps = evaluate(cam_model, tested)
+            metrics, logits, maps = evaluate(cam_model, test_images)
             # Maps of the samples -> size of the images (S, 100, 100) -> heatmaps, 0..1 -> img_0/cmap_100.png ...
-            maps = cam.upsample(maps[: settings.samples], height, width)
-            save_heatmaps(settings.out, step, samples.images, cam.normalize(maps))
-            boxes = [cam.bounding_box(class_map) for class_map in maps]
-            run.record(metrics, len(tested.labels), logits.argmax(axis=1)[: settings.samples], boxes)
+            upsampled = cam.upsample(maps[: settings.samples], height, width)
+            save_heatmaps(settings.out, step, samples.images, cam.normalize(upsampled))
+            # Boxes are found in the maps themselves: the threshold is a share of the maximum of M_c
+            boxes = [cam.bounding_box(class_map) for class_map in upsampled]
+            run.record(metrics, len(test_images.labels), logits.argmax(axis=1)[: settings.samples], boxes)
 
     # The same weights in float32 layers, for any machine
-    trained = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
-    trained.set_weights(model.get_weights())
-    run.save_model(trained, names, preprocessing={"digit": True, "pixel_range": (0, 255)})
-    save_figures(settings.out, trained, test, names, run.history, RECEPTIVE_FIELD)
-    write_draw_page(settings.out, trained, samples, settings.steps)
+    float32_model = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
+    float32_model.set_weights(model.get_weights())
+    run.save_model(float32_model, names, preprocessing={"digit": True, "pixel_range": (0, 255)})
+    save_figures(settings.out, float32_model, test, names, run.history, RECEPTIVE_FIELD)
+    write_draw_page(settings.out, float32_model, samples, settings.steps)
     run.finish()
 
 
@@ -125,7 +128,7 @@ def build_model(settings, images):
         optimizer = keras.optimizers.SGD(settings.learning_rate)
     else:
         scale_to_unit_logits(model, images)
-        keep_zero_mean_over_classes(model.get_layer("softmax_weights"))  # ours, not the paper's, see there
+        keep_zero_mean_over_classes(model.get_layer("softmax_weights"))  # ours, not the paper's: see its docstring
         rate = warmup_cosine(settings.learning_rate, settings.steps, settings.warmup)
         optimizer = keras.optimizers.AdamW(rate, settings.weight_decay, beta_2=settings.beta_2)
         optimizer.exclude_from_weight_decay(var_names=["bias"])

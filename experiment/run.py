@@ -88,7 +88,7 @@ class RunFolder:
         print(f"follow the run in {self.out / 'index.html'}", flush=True)
 
     def steps(self):
-        """Yields the steps that are still to do, up to the last. Step 0 comes before training.
+        """Yields the steps that are still to do, from 0, at which the untrained model is evaluated, to the last.
 
         Shows the progress. On Ctrl-C or SIGTERM the step is completed and its state saved before `Stopped` is raised.
         """
@@ -182,9 +182,10 @@ def checksum(data):
 
 def check_settings(out, settings, data):
     """Writes the settings of a new run, or compares them with those of the run that the folder holds."""
-    own = {name: str(value) for name, value in settings.items() if name not in NOT_COMPARED}
-    own |= {"KERAS_BACKEND": keras.backend.backend(), "data_checksum": str(checksum(data))}
-    own["steps"] = own.pop("steps")  # the last to be compared, for it may follow from the number of images
+    own = {"KERAS_BACKEND": keras.backend.backend()}  # the first to be compared, for the precision may follow from it
+    own |= {name: str(value) for name, value in settings.items() if name not in NOT_COMPARED}
+    own["data_checksum"] = str(checksum(data))
+    own["steps"] = own.pop("steps")  # the last, for it may follow from the number of images
     if not (out / SETTINGS).exists():
         with atomic_write(out / SETTINGS) as part:
             part.write_text(json.dumps(own, indent=1))
