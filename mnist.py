@@ -14,6 +14,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 import keras
+import numpy as np
 
 import cam
 from data.dataset import BOXES_TXT, CLASSES, load_dataset
@@ -23,6 +24,7 @@ from experiment.metrics import evaluate, format_metrics
 from experiment.networks import check_model_fits_data, load_network, to_cam_model
 from experiment.pages import write_draw_page
 from experiment.pictures import save_heatmaps, save_images
+from experiment.preprocessing import Preprocessing
 from experiment.run import RunFolder
 from experiment.settings import fill_in_recipe, make_parser
 from experiment.training import JIT_COMPILE, batch_indices, keep_zero_mean_over_classes, set_seed, warmup_cosine
@@ -92,7 +94,7 @@ def train_model(settings):
     if run.finished:
         return
     print(f"{settings.steps:,} steps of {settings.batch_size} images, {settings.recipe} recipe, {settings.precision}")
-    run.open_page(samples, names, samples.boxes)
+    run.open_page(samples, names)
     save_images(settings.out, samples.images)
 
     for step in run.steps():  # step 0 evaluates the untrained model
@@ -106,7 +108,7 @@ def train_model(settings):
             # Images -> logits S_c (N, C) and class activation maps M_c of the true classes (N, 25, 25)
             metrics, logits, maps = evaluate(cam_model, test_images)
             # Maps of the samples -> size of the images (S, 100, 100) -> heatmaps, 0..1 -> img_0/cmap_100.png ...
-            upsampled = cam.upsample(maps[: settings.samples], height, width)
+            upsampled = cam.upsample(np.stack(maps[: settings.samples]), height, width)
             save_heatmaps(settings.out, step, samples.images, cam.normalize(upsampled))
             # Boxes are found in the maps themselves: the threshold is a share of the maximum of M_c
             boxes = [cam.bounding_box(class_map) for class_map in upsampled]
@@ -115,7 +117,7 @@ def train_model(settings):
     # The same weights in float32 layers, for any machine
     float32_model = lenet(1, CLASSES, pooling=settings.pooling, location_dropout=settings.location_dropout)
     float32_model.set_weights(model.get_weights())
-    run.save_model(float32_model, names, preprocessing={"digit": True, "pixel_range": (0, 255)})
+    run.save_model(float32_model, names, Preprocessing(digit=True, pixel_range=(0, 255)))
     save_figures(settings.out, float32_model, test, names, run.history, RECEPTIVE_FIELD)
     write_draw_page(settings.out, float32_model, samples, settings.steps)
     run.finish()

@@ -4,15 +4,15 @@
     python show.py dog.jpg cat.jpg --model ResNet50   of a network of keras.applications with its ImageNet weights
     python show.py photo.jpg --model mine.keras       of a saved Keras model whose logits are an affine function of its
                                                       pooled feature maps
-    python show.py mug.jpg --model out/caltech256/alexnet.keras      of the AlexNet that caltech256.py has trained
+    python show.py mug.jpg --model out/photos/efficientnetb0.keras   of a network that photos.py has trained
 
 Writes a figure for each image: the maps of the classes with the highest scores, on one scale, each with the box around
 its largest connected component above 20% of the maximum. Prints scores and boxes (x0, y0, x1, y1, half-open, in pixels
 of the image), and writes them to boxes.csv. A file mine_classes.txt beside mine.keras may name the classes,
 one a line.
 
-AlexNet gets the photo scaled to 256 pixels on its short side, LeNet a digit as in MNIST: light on black, 20 pixels
-high. Another network gets RGB or grey pixels, scaled to its input size if that is fixed.
+LeNet gets a digit as in MNIST: light on black, 20 pixels high. A network of photos.py gets the photo scaled on its
+short side as in training. Another network gets RGB or grey pixels, scaled to its input size if that is fixed.
 
 In Python, `predict_cams` does the same.
 """

@@ -1,18 +1,17 @@
-"""Lists and reads the files of a folder or of an archive: a .tar as it is, a .tar.gz after it is unpacked to a .tar."""
+"""Lists and reads the files of a folder, or of a .tar as it is."""
 
-import gzip
-import shutil
+import posixpath
 import tarfile
+import unicodedata
 import zlib
+from gzip import BadGzipFile
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from experiment.files import UserError, acquire_lock, atomic_write
+from experiment.files import UserError
 
 # What tarfile and gzip raise for a broken archive.
-BROKEN = tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError, ValueError, IndexError, OverflowError
+BROKEN = tarfile.TarError, BadGzipFile, zlib.error, EOFError, RecursionError, ValueError, IndexError, OverflowError
 
 
 class File(NamedTuple):
@@ -27,51 +26,61 @@ class File(NamedTuple):
 
 
 def list_files(archive):
-    """The files of a folder or archive, as `File`s, and the names of its folders.
+    """Lists a folder or a .tar. Links are followed; in a .tar those to its files.
+
+    Returns:
+        The files, as `File`s; the names of the folders; the number of links that lead to no file.
 
     Raises:
-        UserError: It is missing or broken, or cannot be unpacked.
+        UserError: It is missing, broken, or an archive of another kind.
     """
     if not archive.exists():
-        raise UserError(f"{archive} is missing; give a folder or an archive of photos by --data")
+        raise UserError(f"{archive} is missing; give a folder or a .tar of photos by --data")
     if archive.is_dir():
-        paths = [(path.relative_to(archive).as_posix(), path) for path in archive.rglob("*")]
+        paths = [(path.relative_to(archive).as_posix(), path) for path in walk(archive)]
         files = [File(name, path, 0, path.stat().st_size) for name, path in paths if path.is_file()]
-        return files, [name for name, path in paths if path.is_dir()]
+        folders = [name for name, path in paths if path.is_dir()]
+        return files, folders, len(paths) - len(files) - len(folders)
     try:
-        tar = unpack(archive)
-        with tarfile.open(tar, "r:") as file:
-            members = [(member.name.removeprefix("./").lstrip("/"), member) for member in file]
-            file.fileobj.seek(file.offset)
-            if file.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
+        with tarfile.open(archive, "r:") as tar:
+            members = tar.getmembers()
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError(f"it breaks off after {len(members):,} files")
     except BROKEN as error:
-        raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); get it again") from None
-    except OSError as error:
-        reason = f"{archive} cannot be read, or unpacked beside itself ({error.strerror})"
-        raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
-    files = [File(name, tar, member.offset_data, member.size) for name, member in members if member.isreg()]
-    return files, [name for name, member in members if member.isdir()]
+        reason = f"{archive} is not a complete .tar ({error})"
+        raise UserError(f"{reason}; unpack another archive, and give the folder by --data") from None
+    files, folders, links = {}, [], {}
+    for member in members:
+        name = posixpath.normpath(member.name).lstrip("/")
+        if name in files:
+            raise UserError(f"{archive} has two files {printable(name)}; unpack it, and give the folder by --data")
+        if member.isreg():
+            files[name] = File(name, archive, member.offset_data, member.size)
+        elif member.isdir():
+            folders.append(name)
+        else:
+            target = posixpath.join(posixpath.dirname(name), member.linkname) if member.issym() else member.linkname
+            links[name] = posixpath.normpath(target)
+    while found := {name: files[target] for name, target in links.items() if target in files}:
+        files |= {name: file._replace(name=name) for name, file in found.items()}
+        links = {name: target for name, target in links.items() if name not in found}  # a link may lead to a link
+    return list(files.values()), folders, len(links)
 
 
-def unpack(archive):
-    """Path of the .tar: `archive` itself, or NAME.tar.gz.unpacked.tar, to which NAME.tar.gz is unpacked once."""
-    tar = archive.with_name(f"{archive.name}.unpacked.tar")
-    with archive.open("rb") as file:
-        if file.read(2) != b"\x1f\x8b":  # not compressed
-            return archive
-        if tar.exists() and tar.stat().st_mtime >= archive.stat().st_mtime:
-            return tar
-        file.seek(0)
-        with (
-            acquire_lock(archive.with_name(f"{archive.name}.lock")),
-            tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None) as shown,
-            gzip.open(shown) as unpacked,
-            atomic_write(tar) as part,
-            part.open("wb") as target,
-        ):
-            shutil.copyfileobj(unpacked, target, 1 << 20)
-    return tar
+def walk(folder, above=()):
+    """Yields the paths of all files and folders below a folder; links are followed unless they lead in a circle."""
+    above = *above, folder.resolve()
+    for path in folder.iterdir():
+        yield path
+        if path.is_dir() and path.resolve() not in above:
+            yield from walk(path, above)
+
+
+def printable(name):
+    """A name as one line of text: control characters become spaces, and bytes that are not text "?"."""
+    replaced = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "?"}
+    return "".join(replaced.get(unicodedata.category(character), character) for character in name)
 
 
 def read_bytes(file):

@@ -13,6 +13,7 @@ import io
 import re
 import shutil
 import tarfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -35,15 +36,21 @@ MAX_TABLE = 1 << 24  # bytes of labels.txt or boxes.txt; enough for a million li
 
 
 class Split(NamedTuple):
-    """The training or the test set: N images of H x W pixels."""
+    """The training or the test set: N images."""
 
-    images: np.ndarray  # (N, H, W, 1) uint8, black is 0
+    images: Sequence  # (N, H, W, channels) uint8, black is 0; a list if they have several sizes
     labels: np.ndarray  # (N,) int64, 0..C-1
-    boxes: np.ndarray | None  # (N, 4) int64: x0, y0, x1, y1 around the object, half-open; None if unknown
+    boxes: Sequence | None  # (N, 4) int64: x0, y0, x1, y1 around the object, half-open; None if unknown
+    prepared: Sequence | None = None  # as the network takes them, if not as they are
+
+    @property
+    def inputs(self):
+        """The images as the network takes them."""
+        return self.images if self.prepared is None else self.prepared
 
     def first(self, count):
-        """The first `count` images, labels and boxes, as a `Split`."""
-        return Split(self.images[:count], self.labels[:count], None if self.boxes is None else self.boxes[:count])
+        """The first `count` images, with all that belongs to them, as a `Split`."""
+        return Split(*(field if field is None else field[:count] for field in self))
 
 
 def load_dataset(folder):

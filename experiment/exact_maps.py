@@ -53,6 +53,20 @@ def exact_cam_model(model, output=None):
         raise ValueError(f"model {model.name!r} has no exact class activation map: {error}") from None
 
 
+def feature_model(model):
+    """The part of a functional or Sequential Keras model from its images to its last feature maps (N, H, W, K).
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not known_outputs(model):
+        raise ValueError("its layers are not known; it must be functional or Sequential, and built")
+    feature_maps, _ = find_pooling(model.outputs[0])
+    if feature_maps is None:
+        raise ValueError("it has no feature maps (N, H, W, K)")
+    return keras.Model(model.inputs[0] if isinstance(model, keras.Sequential) else model.input, feature_maps)
+
+
 def known_outputs(model):
     """Outputs of a model whose layers are all there is: functional or Sequential, with no `call` of its own."""
     return getattr(model, "outputs", None) if type(model).call.__module__.startswith("keras.") else None

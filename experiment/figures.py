@@ -2,11 +2,11 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cam import bounding_box, normalize, overlay, upsample
 from experiment.files import UserError, atomic_write
-from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
+from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, batches
 from experiment.pictures import PICTURE_SIDE, draw_box, fit, on_one_scale, save_grid, to_image
 from experiment.units import get_softmax_weights, largest_terms, unit_model
 
@@ -25,7 +25,7 @@ def save_figures(out, model, test, class_names, history, receptive_field=None):
     Args:
         out: Folder of the run.
         model: The trained network, with the layers "feature_maps" and "softmax_weights".
-        test: The test images, as a `Split`. The first of them are the samples, of which heatmaps were drawn.
+        test: The `Split` of test images. The first are the samples, of which heatmaps were drawn.
         class_names: Names of the C classes.
         history: `RunFolder.history`.
         receptive_field: That of the feature maps, as in `lenet.RECEPTIVE_FIELD`; None if it covers most of an image.
@@ -47,7 +47,7 @@ def save_samples(out, model, test, class_names, history):
     rows = [history[index] for index in geometric_indices(len(history), STRIP_LENGTH)]
     samples = test.first(len(history[-1]["predicted"]))
     overview = {}  # a strip of each class
-    for index, (feature_maps, pooled, logits, maps) in enumerate(predict_in_batches(model, samples.images)):
+    for index, (feature_maps, pooled, logits, maps) in enumerate(predict_in_batches(model, samples.inputs)):
         folder, image, label = out / f"img_{index}", samples.images[index], samples.labels[index]
         title = f"test image {index}: {class_names[label]}"
         pictures = strip(folder, index, label, rows, class_names)
@@ -76,10 +76,11 @@ def save_classes(out, model, test, class_names, receptive_field):
     softmax_weights = get_softmax_weights(model)
     classes = np.unique(test.labels)[:MAX_CLASSES]
     candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in classes])
-    images, labels = test.images[candidates], test.labels[candidates]
+    images, labels = [test.images[index] for index in candidates], test.labels[candidates]
+    inputs = test.inputs[candidates] if isinstance(test.inputs, np.ndarray) else (test.inputs[i] for i in candidates)
     units = np.argsort(-softmax_weights[:, classes], axis=0, kind="stable")[:UNITS].T  # k (len(classes), UNITS)
-    logits, maps, responses = [], [], []  # S_c (N, C); M_c (N, h, w) of the true classes; f_k (N, h, w, units)
-    for label, outputs in zip(labels, predict_in_batches(model, images), strict=True):
+    logits, maps, responses = [], [], []  # S_c (C,); M_c (h, w) of the true class; f_k (h, w, units)
+    for label, outputs in zip(labels, predict_in_batches(model, inputs), strict=True):
         feature_maps, _, image_logits, class_maps = outputs
         logits.append(image_logits)
         maps.append(class_maps[:, :, label].copy())
@@ -90,13 +91,13 @@ def save_classes(out, model, test, class_names, receptive_field):
         for c, of_class in zip(classes, units, strict=True)
         for k in of_class
     ]
-    save_units(out / "units.png", images, np.array(responses), titles, receptive_field)
+    save_units(out / "units.png", images, responses, titles, receptive_field)
 
 
-def predict_in_batches(model, images):
+def predict_in_batches(model, inputs):
     """Yields the outputs of a model for each image."""
-    for start in range(0, len(images), FIGURE_BATCH):
-        yield from zip(*model.predict_on_batch(images[start : start + FIGURE_BATCH]), strict=True)
+    for batch in batches(inputs, FIGURE_BATCH):
+        yield from zip(*model.predict_on_batch(batch), strict=True)
 
 
 def geometric_indices(count, chosen):
@@ -156,8 +157,8 @@ def save_procedure(path, image, title, class_name, terms):
 def save_patterns(path, candidates, logits, maps, class_names):
     """Writes a row for each class: its images with the highest logits, with map and box.
 
-    `candidates` are images (N, H, W, 1 or 3) and labels (N,); `logits` S_c (N, C); `maps` M_c of the true classes
-    (N, h, w).
+    `candidates` are N images (H, W, 1 or 3) and their labels (N,); `logits` S_c (N, C); `maps` M_c of the true classes,
+    (h, w) each.
     """
     (images, labels), rows, predicted = candidates, [], logits.argmax(axis=1)
     for label in np.unique(labels):
@@ -178,23 +179,24 @@ def save_patterns(path, candidates, logits, maps, class_names):
 def save_units(path, images, responses, titles, receptive_field):
     """Writes for each unit the images that it responds to most, cropped to its receptive field; three units in a row.
 
-    `images` are (N, H, W, 1 or 3), `responses` f_k of n units (N, h, w, n). Without a receptive field, the images are
-    shown whole, with f_k over them.
+    `images` are (H, W, 1 or 3) each, `responses` f_k of n units for each image, (h, w, n). Without a receptive field,
+    the images are shown whole, with f_k over them.
     """
     cells = []
     for unit, title in enumerate(titles):
-        strongest = responses[..., unit].max(axis=(1, 2))
+        strongest = np.array([response[:, :, unit].max() for response in responses])
         pictures = []
         for index in np.argsort(-strongest, kind="stable")[:EXAMPLES]:
-            f = responses[index, :, :, unit]
+            f = responses[index][:, :, unit]
             if receptive_field:
                 start, stride, length = (receptive_field[name] for name in ("start", "stride", "length"))
                 padded = np.pad(images[index], [(length, length), (length, length), (0, 0)])  # black beyond the border
                 y, x = length + start + stride * np.array(np.unravel_index(f.argmax(), f.shape))
                 picture = padded[y : y + length, x : x + length]
             else:
-                picture = overlay(images[index], normalize(upsample(f[None], *images.shape[1:3])[0]))
-            picture = np.asarray(fit(to_image(picture), PICTURE_SIDE // 4).convert("RGB"))
+                picture = overlay(images[index], normalize(upsample(f[None], *images[index].shape[:2])[0]))
+            square = (PICTURE_SIDE // 4, PICTURE_SIDE // 4)
+            picture = np.asarray(ImageOps.pad(to_image(picture).convert("RGB"), square, Image.Resampling.BOX, "white"))
             pictures.append(np.pad(picture, [(0, 0), (0, 2), (0, 0)], constant_values=255))  # a gap
         cells.append((to_image(np.hstack(pictures)), title, "black"))
     save_grid(path, [cells[start : start + UNITS] for start in range(0, len(cells), UNITS)])

@@ -1,7 +1,10 @@
 """Atomic writes, folder locks, and the error that users can fix."""
 
 import os
+import zlib
 from contextlib import contextmanager
+
+import numpy as np
 
 try:
     import fcntl
@@ -53,3 +56,11 @@ def acquire_lock(path):
     file.write(str(os.getpid()))
     file.flush()
     return file
+
+
+def checksum(values):
+    """A checksum of arrays, and of other values by their `repr`."""
+    value = 0
+    for part in values:
+        value = zlib.crc32(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode(), value)
+    return value

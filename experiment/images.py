@@ -1,10 +1,10 @@
 """Reads image files of any format, orientation or bit depth as RGB uint8."""
 
-import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from skimage import transform
 
 from experiment.files import UserError
@@ -22,12 +22,13 @@ class Picture(NamedTuple):
     width: int
 
 
-def read_picture(source):
+def read_picture(source, name=None):
     """Reads a picture; what is transparent becomes white, and more than 8 bits are scaled by their own range.
 
     Args:
         source: Path of an image file, an open one, or array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, or of
             another type for one grey channel.
+        name: Name of an open file, for messages.
 
     Returns:
         A `Picture`.
@@ -35,18 +36,18 @@ def read_picture(source):
     Raises:
         UserError: The file is missing or is not an image, or the array has another shape or type.
     """
-    name = "the array" if isinstance(source, np.ndarray) else source
+    name = "the array" if isinstance(source, np.ndarray) else name or source
     try:
         if isinstance(source, np.ndarray):
             if source.ndim not in (2, 3):
                 raise ValueError(f"its shape is {source.shape}")
             return to_picture(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # see MAX_PIXELS
-            image = Image.open(source)
-        with image:
+        with Image.open(source) as image:
             return to_picture(image)
     except FileNotFoundError:
         raise UserError(f"{name} is missing") from None
+    except UnidentifiedImageError:  # its own message has the memory address of an open file
+        raise UserError(f"{name} is not a readable image (cannot identify image file)") from None
     except Exception as error:  # Pillow raises a dozen kinds for a bad image
         raise UserError(f"{name} is not a readable image ({' '.join(str(error).split())})") from None
 
@@ -57,10 +58,10 @@ def to_picture(image):
     image.draft("RGB", (MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))  # a JPEG is decoded at a half, a quarter or an eighth
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,}")
-    turned = ImageOps.exif_transpose(image)
-    if image.size != turned.size:
+    drafted = image.size
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.size != drafted:
         size = size[::-1]
-    image = turned
     if image.mode[0] in "IF":  # 16 bits or more
         values = np.asarray(image, np.float32)
         low, high = values.min(), values.max()
@@ -70,7 +71,8 @@ def to_picture(image):
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     image.thumbnail((MAX_PICTURE_SIDE, MAX_PICTURE_SIDE))
     return Picture(np.asarray(image), *size[::-1])
 
@@ -91,3 +93,32 @@ def scale_short_side(pixels, side):
         raise UserError(f"{columns} x {rows} pixels are too long; crop the image")
     scale = side / min(rows, columns)
     return resize(pixels, round(scale * rows), round(scale * columns)) if scale != 1 else pixels
+
+
+def random_crop(pixels, short_side, side, rng):
+    """A crop of a picture (H, W, 3) at a random place, mirrored or not: (side, side, 3) uint8.
+
+    Its size is that of a crop from the picture scaled to `short_side` pixels; `rng` is a NumPy random generator.
+    """
+    image = Image.fromarray(pixels)
+    cropped = side * min(image.size) / short_side  # pixels of the picture
+    left, top = ((length - cropped) * rng.random() for length in image.size)
+    box = left, top, left + cropped, top + cropped
+    crop = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box))
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+class Mapped(Sequence):
+    """A list of function(item) for each item of a list, each computed when it is asked for."""
+
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        """One of them, or a slice."""
+        return (
+            Mapped(self.function, self.items[index]) if isinstance(index, slice) else self.function(self.items[index])
+        )

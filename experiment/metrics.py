@@ -25,6 +25,7 @@ from experiment.files import UserError
 
 METRIC_TITLES = {
     "accuracy": "accuracy",
+    "top5_accuracy": "top-5 accuracy",
     "gt_known": "GT-known localization",
     "top1": "top-1 localization",
     "top5": "top-5 localization",
@@ -42,38 +43,56 @@ PIXEL_BINS = 1000  # of PxAP
 EVALUATION_BATCH = 50  # images in a forward pass
 
 
-def evaluate(cam_model, tested, all_metrics=False):
+def evaluate(cam_model, test, all_metrics=False):
     """Measures a classifier, and its class activation maps of the true classes, on test images.
 
     Args:
-        cam_model: Model from images to [S_c (N, C), M_c (N, h, w, C)].
-        tested: The `Split` of images (N, H, W, channels), labels (N,) and boxes. Without boxes only the accuracy is
-            measured.
-        all_metrics: Whether to measure MaxBoxAcc and PxAP, too, which takes longer.
+        cam_model: Model from images to [S_c (N, C), M_c (N, h, w, C)], or a `Network`.
+        test: The `Split` of test images. Without boxes only the accuracy is measured.
+        all_metrics: Whether to measure top-5 accuracy, MaxBoxAcc and PxAP, too, which takes longer.
 
     Returns:
-        Metrics by name, each in 0..1; S_c (N, C); M_c of the true classes (N, h, w).
+        Metrics by name, each in 0..1; S_c (N, C); list of the N maps M_c of the true classes, (h, w) each.
 
     Raises:
         UserError: A logit is infinite or NaN.
     """
-    logits, maps, measured = [], [], []
-    hidden = len(tested.labels) < 8 * EVALUATION_BATCH or None  # of the progress bar; None: shown on a terminal only
-    for start in tqdm(range(0, len(tested.labels), EVALUATION_BATCH), "evaluating", leave=False, disable=hidden):
-        batch = slice(start, start + EVALUATION_BATCH)
-        labels = tested.labels[batch]
-        batch_logits, class_maps = cam_model.predict_on_batch(tested.images[batch])
-        check_finite(batch_logits)
-        logits.append(batch_logits)
-        maps.append(class_maps[np.arange(len(labels)), :, :, labels])
-        if tested.boxes is not None:
-            for class_map, box in zip(upsample(maps[-1], *tested.images.shape[1:3]), tested.boxes[batch], strict=True):
-                measured.append(measure_map(class_map, box, all_metrics))
-    logits, maps = np.concatenate(logits), np.concatenate(maps)
-    metrics = {"accuracy": accuracy(logits, tested.labels)}
+    logits, maps, measured, boxed = [], [], [], []
+    hidden = len(test.labels) < 8 * EVALUATION_BATCH or None  # of the progress bar; None: shown on a terminal only
+    with tqdm(desc="evaluating", total=len(test.labels), leave=False, disable=hidden) as progress:
+        for images in batches(test.inputs, EVALUATION_BATCH):
+            indices = range(len(maps), len(maps) + len(images))
+            batch_logits, class_maps = cam_model.predict_on_batch(images)
+            check_finite(batch_logits)
+            logits.append(batch_logits)
+            class_maps = class_maps[np.arange(len(images)), :, :, test.labels[indices]]  # (n, h, w)
+            maps.extend(class_maps)
+            if test.boxes is not None:
+                size = test.images[indices[0]].shape[:2]  # the images of a batch have one size
+                upsampled = upsample(class_maps, *size)
+                for index, class_map in zip(indices, upsampled, strict=True):
+                    if test.boxes[index] is not None:
+                        measured.append(measure_map(class_map, test.boxes[index], all_metrics))
+                        boxed.append(index)
+            progress.update(len(images))
+    logits = np.concatenate(logits)
+    true_ranks = ranks(logits, test.labels)
+    metrics = {"accuracy": accuracy(logits, test.labels)}
+    if all_metrics and logits.shape[1] > 5:
+        metrics["top5_accuracy"] = float((true_ranks < 5).mean())
     if measured:
-        metrics |= summarize(measured, ranks(logits, tested.labels))
+        metrics |= summarize(measured, true_ranks[boxed])
     return metrics, logits, maps
+
+
+def batches(images, size):
+    """Yields images in batches (n, H, W, channels): of an array `size` at a time, of a list of images each alone."""
+    if isinstance(images, np.ndarray):
+        for start in range(0, len(images), size):
+            yield images[start : start + size]
+    else:
+        for image in images:
+            yield image[None]
 
 
 def check_finite(logits):

@@ -1,6 +1,5 @@
 """Loading and saving of networks: saved Keras models, checkpoints of the original, `keras.applications`."""
 
-import json
 import re
 import shutil
 import sys
@@ -11,13 +10,19 @@ import keras
 import numpy as np
 
 from alexnet import weight_shapes
-from experiment.exact_maps import exact_cam_model
+from experiment.exact_maps import exact_cam_model, feature_model
 from experiment.files import UserError, atomic_write
+from experiment.preprocessing import (
+    KERAS_SUFFIXES,
+    Preprocessing,
+    load_preprocessing,
+    preprocessing_file,
+    save_preprocessing,
+)
 from lenet import lenet
 
 # Variables of the original's checkpoints, in the order of our LeNet's weights.
 ORIGINAL_VARIABLES = ("conv1/weights", "conv1/biases", "conv2/weights", "conv2/biases", "GAP/W")
-KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 # What Keras says of a file that it does not load, and what to tell the user.
 REASONS = {
     r"No model config": "holds weights without their network; load them into it, and save the model as .keras",
@@ -82,27 +87,23 @@ def to_cam_model(model, output=None):
         raise UserError(" ".join(str(error).split())) from None
 
 
-def check_model_fits_data(path, cam_model, shape, classes, short_side=None):
+def check_model_fits_data(path, cam_model, shape, classes):
     """Raises a UserError if the model saved at `path` takes other images, or has another number of classes.
 
     Args:
         path, cam_model: Path of the model, and what `to_cam_model` makes of it.
-        shape: (H, W, channels) of the images; H and W are None if their size varies.
+        shape: (H, W, channels) of the images.
         classes: Number of classes.
-        short_side: Pixels to which the short side of the images is scaled, if it is.
     """
     found = cam_model.input_shape if len(cam_model.inputs) == 1 else ()
     fits = len(found) == 4 and all(size in (None, wanted) for size, wanted in zip(found[1:], shape, strict=True))
     if not fits or cam_model.output_shape[0][-1] != classes:
-        size = "any size" if shape[0] is None else f"{shape[1]} x {shape[0]} pixels"
-        raise UserError(f"{path} must take images of {size} and {shape[2]} channel(s), and have {classes} classes")
-    expected = {"pixel_range": [0, 255]} | ({"short_side": short_side} if short_side else {})
-    found = expected | load_preprocessing(path)
-    found["pixel_range"] = list(found["pixel_range"])
-    found.pop("digit", None)  # either way, the digits of an experiment are given as they are
-    if found != expected:
-        file = preprocessing_file(path)
-        raise UserError(f"{file} is not {json.dumps(expected)}, which is how --evaluate prepares images")
+        size = f"{shape[1]} x {shape[0]} pixels and {shape[2]} channel(s)"
+        raise UserError(f"{path} must take images of {size}, and have {classes} classes")
+    preprocessing = load_preprocessing(path)._replace(digit=False)  # the digits of an experiment are given as they are
+    if preprocessing != Preprocessing() and preprocessing != Preprocessing(pixel_range=[0, 255]):
+        file = preprocessing_file(Path(path))
+        raise UserError(f'{file} is not {{"pixel_range": [0, 255]}}, which is how --evaluate prepares images')
 
 
 def load_torchvision_convolutions(path):
@@ -124,11 +125,10 @@ def load_torchvision_convolutions(path):
 
 
 def save_network(model, class_names, preprocessing, path):
-    """Saves a model, and beside it the names of its classes, a line each, and how it wants its images."""
+    """Saves a model, and beside it the names of its classes, a line each, and its `Preprocessing`."""
     with atomic_write(class_names_file(path)) as part:
         part.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-    with atomic_write(preprocessing_file(path)) as part:
-        part.write_text(json.dumps(preprocessing), encoding="utf-8")
+    save_preprocessing(preprocessing, path)
     with atomic_write(path) as part:
         model.save(part)
 
@@ -141,67 +141,68 @@ def load_class_names(path):
     return file.read_text(encoding="utf-8-sig", errors="replace").rstrip("\n").split("\n")
 
 
-def load_preprocessing(path):
-    """How the model saved at `path` wants its images; {} if no file beside it says so.
-
-    digit          true: a digit, light on black, 20 pixels high, see `digits.preprocess_digit`
-    short_side     pixels to which the short side of an image is scaled
-    pixel_range    what black and white are to the model; by default 0 and 255
-    """
-    file = preprocessing_file(Path(path))
-    if Path(path).suffix.lower() not in KERAS_SUFFIXES:  # a checkpoint of the original
-        return {"digit": True, "pixel_range": (0, 255)}
-    if not file.exists():
-        return {}
-    try:
-        preprocessing = json.loads(file.read_text(encoding="utf-8-sig"))
-        low, high = map(float, preprocessing.get("pixel_range", (0, 255)))
-        known = preprocessing.keys() <= {"digit", "short_side", "pixel_range"} and low < high
-        known = known and isinstance(preprocessing.get("digit", True), bool)
-        if not known or not 1 <= preprocessing.get("short_side", 1) <= 10_000:
-            raise ValueError(preprocessing)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f'{file} must be like {{"digit": true}} or {{"short_side": 256, "pixel_range": [0, 1]}}'
-        ) from None
-    return preprocessing
-
-
 def class_names_file(path):  # mine.keras -> mine_classes.txt
     return path.with_name(f"{path.stem}_classes.txt")
 
 
-def preprocessing_file(path):  # mine.keras -> mine_images.json
-    return path.with_name(f"{path.stem}_images.json")
-
-
-def keras_application(name, weights="imagenet"):
-    """A network of `keras.applications`, by its name, such as "ResNet50".
+def keras_application(name):
+    """A network of `keras.applications`, by its name, such as "ResNet50", with its ImageNet weights.
 
     Returns:
-        The model, its preprocessing of images (N, H, W, 3) in 0..255, and the names of its classes, or None.
+        The model; its `Preprocessing`; the names of its classes and their WordNet ids, or None and None.
 
     Raises:
         UserError: There is no such network, it has no exact class activation map, or its weights, which Keras downloads
             once, cannot be loaded.
     """
+    make, module = find_application(name)
+    to_cam_model(make(weights=None))  # before hundreds of megabytes are downloaded in vain
+    model = download(name, make)
+    class_names = wordnet_ids = None
+    try:
+        codes = np.eye(model.output_shape[-1], dtype=np.float32)
+        best = [decoded[0] for decoded in module.decode_predictions(codes, top=1)]
+        class_names, wordnet_ids = [name.replace("_", " ") for _, name, _ in best], [code for code, _, _ in best]
+    except Exception as error:  # of the download
+        reason = " ".join(str(error).split())[:200]
+        print(f"the class names cannot be loaded, so numbers are shown: {reason}", file=sys.stderr)
+    return model, Preprocessing(preprocess=module.__name__.split(".")[-1]), class_names, wordnet_ids
+
+
+def load_features(network):
+    """A network without its classifier, as a model from images to its last feature maps f_k (N, h, w, K).
+
+    Args:
+        network: Path of a saved Keras model, or name of a network of `keras.applications`.
+
+    Returns:
+        The model, and its `Preprocessing`.
+
+    Raises:
+        UserError: The network cannot be loaded, or has no feature maps.
+    """
+    if Path(network).suffix or Path(network).exists():
+        try:
+            return feature_model(load_network(network)), load_preprocessing(network)
+        except ValueError as error:
+            raise UserError(f"{network}: {error}") from None
+    make, module = find_application(network)
+    model = download(network, make, include_top=False)
+    return model, Preprocessing(preprocess=module.__name__.split(".")[-1])
+
+
+def find_application(name):
+    """The function and the module of `keras.applications` that make the network `name`."""
     make = None if name.startswith("_") else getattr(keras.applications, name, None)
     if not callable(make):
         names = ", ".join(sorted(n for n in dir(keras.applications) if callable(getattr(keras.applications, n))))
         raise UserError(f"{name} is neither a file nor a network of keras.applications ({names})")
-    module = sys.modules[make.__module__]
-    to_cam_model(make(weights=None))  # before hundreds of megabytes are downloaded in vain
+    return make, sys.modules[make.__module__]
+
+
+def download(name, make, **options):
+    """The network `name` of `keras.applications`, which `make` makes, with its ImageNet weights."""
     try:
-        model = make(weights=weights)
+        return make(weights="imagenet", **options)
     except Exception as error:  # of the download: Keras raises a bare Exception
         raise UserError(f"the weights of {name} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
-    try:
-        codes = np.eye(model.output_shape[-1], dtype=np.float32)
-        class_names = [decoded[0][1].replace("_", " ") for decoded in module.decode_predictions(codes, top=1)]
-    except Exception as error:  # of the download
-        print(
-            f"the class names cannot be loaded, so numbers are shown: {' '.join(str(error).split())[:200]}",
-            file=sys.stderr,
-        )
-        class_names = None
-    return model, module.preprocess_input, class_names

@@ -18,14 +18,14 @@ load_default_font = lru_cache(ImageFont.load_default)
 
 
 def save_images(out, images):
-    """Writes `img_S/image_test.png` of each of the test images (S, H, W, 1 or 3)."""
+    """Writes `img_S/image_test.png` of each of the S test images (H, W, 1 or 3)."""
     for index, image in enumerate(images):
         (out / f"img_{index}").mkdir(parents=True, exist_ok=True)
         save_picture(enlarge(image), out / f"img_{index}" / "image_test.png")
 
 
 def save_heatmaps(out, step, images, heatmaps):
-    """Writes `img_S/cmap_STEP.png`: the heatmaps (S, H, W), 0..1, over the images (S, H, W, 1 or 3)."""
+    """Writes `img_S/cmap_STEP.png`: S heatmaps (H, W), 0..1, over S images (H, W, 1 or 3)."""
 
     def save(index):
         picture = enlarge(overlay(images[index], heatmaps[index]))
@@ -100,9 +100,10 @@ def color_scale(limit, width, height):
 
 
 def save_grid(path, rows):
-    """Writes rows of (Pillow image, title, color of the title), all pictures of one size, as one picture."""
+    """Writes rows of (Pillow image, title, color of the title) as one picture."""
     rows = [[(picture, shorten(title), color) for picture, title, color in row] for row in rows]
-    width, height = (max(length, MIN_CELL) for length in rows[0][0][0].size)  # room for the title of a narrow picture
+    sizes = [picture.size for row in rows for picture, _, _ in row]
+    width, height = (max(MIN_CELL, *lengths) for lengths in zip(*sizes, strict=True))  # room for all, and for titles
     size = min(28, width // 8, height // 3)
     longest = max(load_font(size, title).getlength(title) for row in rows for _, title, _ in row)
     title_size = min(size, 0.95 * size * width / longest)
@@ -112,7 +113,7 @@ def save_grid(path, rows):
     for y, row in enumerate(rows):
         for x, (picture, title, color) in enumerate(row):
             left, top = x * (width + GAP), y * (title_height + height)
-            grid.paste(picture, (left, top + title_height))
+            grid.paste(picture, (left + (width - picture.width) // 2, top + title_height))
             middle = left + width // 2, top + title_height // 2
             draw.text(middle, title, color, load_font(title_size, title), anchor="mm")
     save_picture(grid, path)

@@ -1,19 +1,17 @@
 """Class activation maps of an image, with any network."""
 
-import importlib
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import keras
 import numpy as np
-from PIL import Image
 
 from cam import bounding_box, upsample
 from experiment import networks
-from experiment.digits import preprocess_digit
 from experiment.files import UserError
-from experiment.images import Picture, read_picture, resize, scale_short_side
+from experiment.images import Picture, read_picture
+from experiment.preprocessing import Preprocessing, load_preprocess_input, load_preprocessing, preprocessing_file
 
 
 class Cams(NamedTuple):
@@ -68,50 +66,52 @@ class Network:
     Args:
         model: Keras model; path of a saved one, or of a checkpoint of the original; or name of a network of
             `keras.applications`, such as "ResNet50", with its ImageNet weights and its own preprocessing.
-        pixel_range: The values of black and white, such as (0, 1). Default: as recorded beside a saved model, or
-            (0, 255).
-        preprocess: Module of `keras.applications` whose `preprocess_input` is applied instead, such as "resnet".
+        pixel_range, preprocess, short_side: The `Preprocessing`, where it shall not be as recorded beside a saved
+            model.
         output: Name of the output, if the model has several.
 
     Attributes:
+        cam_model: Model from images to [S_c (N, C), M_c (N, h, w, C)].
         class_names: Names of the C classes; "0", "1" ... if none are known.
+        wordnet_ids: Their WordNet ids, of a network of `keras.applications`; None if they are not known.
 
     Raises:
         UserError: The model cannot be loaded, has no exact class activation maps, or does not take one image.
     """
 
-    def __init__(self, model, pixel_range=None, preprocess=None, output=None):
-        class_names, preprocessing, preprocess_input = None, {}, None
+    def __init__(self, model, pixel_range=None, preprocess=None, output=None, short_side=None):
+        class_names, self.wordnet_ids, preprocessing = None, None, Preprocessing()
         if isinstance(model, keras.Model):
             self.source = f"model {model.name!r}"
         elif Path(model).suffix or Path(model).exists():
             self.source, model = model, networks.load_network(model)
-            preprocessing = networks.load_preprocessing(self.source)
+            preprocessing = load_preprocessing(self.source)
             class_names = networks.load_class_names(self.source)
         else:
             self.source = model
-            model, preprocess_input, class_names = networks.keras_application(str(model))
+            model, preprocessing, class_names, self.wordnet_ids = networks.keras_application(str(model))
         if preprocess:
-            try:
-                preprocess_input = importlib.import_module(f"keras.applications.{preprocess}").preprocess_input
-            except (ImportError, AttributeError):
-                raise UserError(f"preprocess: {preprocess} is not a module of keras.applications") from None
-        if pixel_range and (preprocess_input or pixel_range[0] >= pixel_range[1]):
-            raise UserError("a pixel range has the lower value first, and goes with no other preprocessing")
-        self.cam_model = networks.to_cam_model(model, output)
-        self.preprocessing, self.preprocess_input = preprocessing, preprocess_input
-        self.pixel_range = pixel_range or preprocessing.get("pixel_range", (0, 255))
-        self.range_is_known = bool(pixel_range or preprocess_input or "pixel_range" in preprocessing)
+            load_preprocess_input(preprocess)
+            preprocessing = preprocessing._replace(preprocess=preprocess, pixel_range=None)
+        if pixel_range:
+            if preprocessing.preprocess or pixel_range[0] >= pixel_range[1]:
+                raise UserError("a pixel range has the lower value first, and goes with no other preprocessing")
+            preprocessing = preprocessing._replace(pixel_range=pixel_range)
+        if short_side:
+            preprocessing = preprocessing._replace(short_side=short_side)
+        self.preprocessing = preprocessing
+        self.range_is_known = bool(preprocessing.preprocess or preprocessing.pixel_range)
 
+        self.cam_model = networks.to_cam_model(model, output)
         inputs = self.cam_model.inputs
         if len(inputs) > 1 or len(inputs[0].shape) != 4 or inputs[0].shape[-1] not in (1, 3):
             shapes = ", ".join(str(tensor.shape) for tensor in inputs)
             raise UserError(f"{self.source} takes {shapes}; one image of 1 or 3 channels can be given")
         self.input_shape = inputs[0].shape[1:]  # (h, w, channels), h and w None if any will do
-        if "short_side" in preprocessing and self.input_shape[:2] != (None, None):
-            file = networks.preprocessing_file(Path(self.source))
-            raise UserError(f"{self.source} takes images of a fixed size, but {file} has short_side")
-        if preprocess_input and self.input_shape[2] == 1:
+        if preprocessing.short_side and self.input_shape[:2] != (None, None):
+            where = "is given" if short_side else f"is in {preprocessing_file(Path(self.source))}"
+            raise UserError(f"{self.source} takes images of a fixed size, but short_side {where}")
+        if preprocessing.preprocess and self.input_shape[2] == 1:
             raise UserError(f"{self.source} takes grey images; the preprocessing of keras.applications is for colours")
         self.activation = self.cam_model.get_layer("logits_and_maps").activation
         count = self.cam_model.output_shape[0][-1]
@@ -122,11 +122,20 @@ class Network:
             file = networks.class_names_file(Path(self.source))
             raise UserError(f"{file} has {len(self.class_names)} lines; the model has {count} classes")
 
+    def preprocess(self, pixels):
+        """An image (H, W, 3) uint8 as the network takes it, (h, w, channels) float32."""
+        return self.preprocessing.apply(pixels, self.input_shape)
+
     def predict(self, pixels):
         """Scores S_c (C,), probabilities (C,) and maps M_c (h, w, C) of an image (H, W, 3) uint8."""
-        images = self.preprocess(pixels)[None]
+        logits, maps = (output[0] for output in self.predict_on_batch(self.preprocess(pixels)[None]))
+        activation = keras.ops.sigmoid if self.is_binary or self.activation == "sigmoid" else keras.ops.softmax
+        return logits, keras.ops.convert_to_numpy(activation(logits)), maps
+
+    def predict_on_batch(self, images):
+        """Scores S_c (N, C) and maps M_c (N, h, w, C) of preprocessed images (N, H, W, channels)."""
         try:
-            logits, maps = (output[0] for output in self.cam_model.predict_on_batch(images))
+            logits, maps = self.cam_model.predict_on_batch(images)
         except Exception as error:  # whatever Keras and its backend raise
             height, width = images.shape[1:3]
             reason = " ".join(re.sub(r"\x1b\[\d+m", "", str(error)).split())[:200]
@@ -134,26 +143,5 @@ class Network:
         if not maps.size or not np.isfinite(maps).all():
             raise UserError(f"{self.source} gives infinite or NaN values")
         if self.is_binary:  # one logit: its class against the other
-            logits, maps = np.concatenate([-logits, logits]), np.concatenate([-maps, maps], axis=2)
-        activation = keras.ops.sigmoid if self.is_binary or self.activation == "sigmoid" else keras.ops.softmax
-        return logits, keras.ops.convert_to_numpy(activation(logits)), maps
-
-    def preprocess(self, pixels):
-        """An image (H, W, 3) uint8 as the network takes it, (h, w, channels) float32."""
-        height, width, channels = self.input_shape
-        if self.preprocessing.get("digit"):
-            pixels = preprocess_digit(pixels)[:, :, None].repeat(channels, axis=2)  # (h, w, channels)
-        elif channels == 1:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
-        rows, columns = pixels.shape[:2]
-        if "short_side" in self.preprocessing:
-            pixels = scale_short_side(pixels, self.preprocessing["short_side"])
-        elif height or width:  # if one of them is fixed, the image keeps its proportions
-            height, width = height or round(rows * width / columns), width or round(columns * height / rows)
-        if height and (height, width) != (rows, columns):
-            pixels = resize(pixels, max(height, 1), max(width, 1))
-        pixels = pixels.astype(np.float32)
-        if self.preprocess_input:
-            return self.preprocess_input(pixels)
-        low, high = self.pixel_range
-        return low + (high - low) / 255 * pixels
+            logits, maps = np.concatenate([-logits, logits], axis=1), np.concatenate([-maps, maps], axis=3)
+        return logits, maps

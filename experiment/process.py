@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from unittest import mock
 
 from experiment.files import UserError
@@ -72,12 +74,17 @@ def run_script(name, main, settings, stopped="stopped"):
     the signal. The signal handlers that the process had are restored in any case.
     """
     Signals.wait, Signals.number = False, signal.SIGINT
+    logger = logging.getLogger("tensorflow")  # which warns of images of many sizes
+    level = logger.level
     earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
     try:
         for number, handler in earlier.items():
             if handler is not signal.SIG_IGN:  # as with `nohup` or in the background
                 signal.signal(number, stop)
-        with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"):  # TensorFlow reads it whenever it logs
+        logger.setLevel(logging.ERROR)
+        # TensorFlow reads the variable whenever it logs; Pillow warns of large images and of odd metadata.
+        with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
             main(settings)
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -86,6 +93,7 @@ def run_script(name, main, settings, stopped="stopped"):
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(128 + Signals.number)
     finally:
+        logger.setLevel(level)
         for number, handler in earlier.items():
             signal.signal(number, handler)
 

@@ -5,7 +5,6 @@ import csv
 import itertools
 import json
 import time
-import zlib
 
 import keras
 import numpy as np
@@ -13,10 +12,11 @@ import numpy as np
 from experiment.checkpoint import CHECKPOINT, PREVIOUS, Checkpoint
 from experiment.console import TrainingProgress
 from experiment.figures import FIGURES, geometric_indices, save_accuracy
-from experiment.files import PART, UserError, acquire_lock, atomic_write
+from experiment.files import PART, UserError, acquire_lock, atomic_write, checksum
 from experiment.metrics import METRIC_TITLES, format_metrics
-from experiment.networks import class_names_file, preprocessing_file, save_network
+from experiment.networks import class_names_file, save_network
 from experiment.pages import PAGES, write_page, write_run_js
+from experiment.preprocessing import preprocessing_file
 from experiment.process import START, Stopped, uninterrupted
 
 SETTINGS, HISTORY, WEIGHTS, LOCK = "settings.json", "history.csv", "weights", "lock"
@@ -77,12 +77,12 @@ class RunFolder:
             with contextlib.suppress(OSError):  # it is missing, or has other files
                 folder.rmdir()
 
-    def open_page(self, samples, class_names, boxes):
-        """Writes the page of the run; `boxes` are the true boxes of each sample, (4,) or (n, 4), or None."""
-        boxes = boxes if boxes is None else [np.reshape(one, (-1, 4)).tolist() for one in boxes]
-        height, width = samples.images.shape[1:3]
+    def open_page(self, samples, class_names):
+        """Writes the page of the run; `samples` is the `Split` of the first test images."""
+        boxes = [] if samples.boxes is None else samples.boxes
+        boxes = [[] if box is None else np.reshape(box, (-1, 4)).tolist() for box in boxes]
         self.samples = {"classes": class_names, "labels": samples.labels.tolist(), "boxes": boxes}
-        self.samples |= {"height": height, "width": width}
+        self.samples["sizes"] = [image.shape[:2] for image in samples.images]
         write_page(self.out)
         write_run_js(self.out, self.samples, self.history, finished=False)
         print(f"follow the run in {self.out / 'index.html'}", flush=True)
@@ -172,19 +172,11 @@ def lock_run_folder(out):
     return lock
 
 
-def checksum(data):
-    """A checksum of the training and the test data: of arrays their values, of photos their names and sizes."""
-    value = 0
-    for part in itertools.chain(*data):
-        value = zlib.crc32(part if isinstance(part, np.ndarray) else repr(part).encode(), value)
-    return value
-
-
 def check_settings(out, settings, data):
     """Writes the settings of a new run, or compares them with those of the run that the folder holds."""
     own = {"KERAS_BACKEND": keras.backend.backend()}  # the first to be compared, for the precision may follow from it
     own |= {name: str(value) for name, value in settings.items() if name not in NOT_COMPARED}
-    own["data_checksum"] = str(checksum(data))
+    own["data_checksum"] = str(checksum(itertools.chain(*data)))
     own["steps"] = own.pop("steps")  # the last, for it may follow from the number of images
     if not (out / SETTINGS).exists():
         with atomic_write(out / SETTINGS) as part:

@@ -1,6 +1,5 @@
 """Headless Chromium, driven as a person would drive it: its DevTools protocol over a pipe."""
 
-import base64
 import contextlib
 import itertools
 import json
@@ -12,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-KEYS = {" ": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27, "Enter": 13, "Tab": 9}
+KEYS = {" ": 32, "ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Escape": 27, "Enter": 13}
 MODIFIERS = {None: 0, "Alt": 1, "Control": 2, "Meta": 4}
 
 
@@ -24,44 +23,34 @@ class Browser:
     """Chromium with a page. It ends with `close`, and also when this process ends, since its pipe is closed then."""
 
     def __init__(self, profile):
-        theirs, ours = zip(make_pipe(0), make_pipe(1), strict=True)
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         options += ["--remote-debugging-pipe", f"--user-data-dir={profile}"]
         self.process = subprocess.Popen(  # Chromium reads commands from file descriptor 3 and writes answers to 4
-            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs[0]} 4>&{theirs[1]}', find_chromium(), *options],
-            pass_fds=theirs,
+            ["bash", "-c", 'exec "$0" "$@" 3<&0 4>&1 </dev/null >/dev/null', find_chromium(), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a process group, to end all of its processes at once
         )
-        for file in theirs:
-            os.close(file)
-        self.commands, self.answers = os.fdopen(ours[0], "wb"), ours[1]
         self.numbers, self.received, self.session = itertools.count(1), b"", {}
-        try:
-            target = self.send("Target.createTarget", url="about:blank")["targetId"]
-            self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        except BaseException:
-            self.close()
-            raise
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
 
     def close(self):
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            self.commands.close()
-        os.close(self.answers)
+        self.process.communicate()
 
     def send(self, method, **params):
         """Sends a command and returns its answer."""
         number = next(self.numbers)
         command = {"id": number, "method": method, "params": params} | self.session
-        self.commands.write(json.dumps(command).encode() + b"\0")
-        self.commands.flush()
+        self.process.stdin.write(json.dumps(command).encode() + b"\0")
+        self.process.stdin.flush()
         while True:
             while b"\0" not in self.received:
-                assert select.select([self.answers], [], [], 60)[0], f"Chromium does not answer to {method}"
-                part = os.read(self.answers, 1 << 20)
+                assert select.select([self.process.stdout], [], [], 60)[0], f"Chromium does not answer to {method}"
+                part = self.process.stdout.read1(1 << 20)
                 assert part, "Chromium has ended"
                 self.received += part
             message, self.received = self.received.split(b"\0", 1)
@@ -115,16 +104,3 @@ class Browser:
         self.evaluate(f"{element}.scrollIntoView({{block: 'center'}})")
         box = self.evaluate(f"{element}.getBoundingClientRect().toJSON()")
         self.drag((box["x"] + box["width"] / 2, box["y"] + box["height"] / 2))
-
-    def screenshot(self, path):
-        Path(path).write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
-
-
-def make_pipe(end):
-    """A pipe, of which the browser gets `end`, with a number above 4, and we the other one."""
-    import fcntl  # not on Windows
-
-    ends = os.pipe()
-    theirs = fcntl.fcntl(ends[end], fcntl.F_DUPFD, 10)
-    os.close(ends[end])
-    return theirs, ends[1 - end]

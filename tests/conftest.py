@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
@@ -82,8 +83,9 @@ def rows(path):
 
 
 def contents(folder):
-    """The bytes of each file below a folder by its path, but for the lock."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    """The bytes of each file below a folder by its name there, but for the locks."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("lock", "img.lock")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @contextmanager
@@ -127,6 +129,26 @@ def call(script, *arguments):
         except SystemExit as ended:
             code = ended.code
     return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+
+def send_signal(process, number, path):
+    """Sends a signal to a script as soon as a file of it is there."""
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+
+
+def assert_same_run(out, other):
+    """All files of two runs are equal, except the state before the last, which is saved when a run is stopped too."""
+    import keras
+
+    found, expected = contents(out), contents(other)
+    assert found.keys() == expected.keys()
+    different = {name for name in found if found[name] != expected[name]}
+    assert different <= {"checkpoint.previous.npz", "lenet.keras"}  # the second holds the time of its making
+    weights = [keras.models.load_model(folder / "lenet.keras").get_weights() for folder in (out, other)]
+    np.testing.assert_equal(*weights)
 
 
 def assert_one_line_error(process, *parts):

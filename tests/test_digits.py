@@ -22,7 +22,7 @@ SIZE = 450, 600
 PAPER, PEN = (240, 238, 230), (40, 40, 60)
 
 
-def test_digits(count):
+def cut_out_digits(count):
     """Digits (h, w) uint8 cut out of test images, those that no clutter touches, and their labels."""
     _, test = load_dataset(Path(__file__).parent.parent / "data")
     found = []
@@ -79,11 +79,8 @@ def on_paper(digit, rng, fall=0.0, shadow=None, edge=0.004, vignette=0.0, rules=
         light = light * (shadow + (1 - shadow) / (1 + np.exp((rng.uniform(0.3, 0.7) - across) / edge)))
     if rules:
         step, squares = rules
-        lines = np.zeros(SIZE, bool)
-        lines[::step] = lines[1::step] = True
-        if squares:
-            lines[:, ::step] = lines[:, 1::step] = True
-        photo["paper"] = np.where(lines[:, :, None], (150, 170, 210), PAPER)
+        rows, columns = np.indices(SIZE) % step < 2
+        photo["paper"] = np.where((rows | (columns & squares))[:, :, None], (150, 170, 210), PAPER)
     return photograph(draw(digit, rng, pen_width=pen_width), rng, light=light, **photo)
 
 
@@ -148,7 +145,7 @@ CONDITIONS = {
 
 def photos(name, count):
     """Photos under a condition, the digits in them (h, w) and their labels."""
-    for index, (digit, label) in enumerate(test_digits(count)):
+    for index, (digit, label) in enumerate(cut_out_digits(count)):
         yield CONDITIONS[name](digit, np.random.default_rng((index, zlib.crc32(name.encode())))), digit, label
 
 
@@ -161,9 +158,6 @@ def likeness(seen, digit):
     turned = [transform.rotate(np.pad(digit.astype(float), 5), angle) for angle in (-12, -6, 0, 6, 12)]
     seen, *turned = (filters.gaussian(transform.resize(one, (24, 24)), 1.5).ravel() for one in (seen, *turned))
     return max(np.corrcoef(seen, one)[0, 1] for one in turned)
-
-
-test_digits.__test__ = False
 
 
 FAST = ("sheet on a dark desk", "drawn, 100 pixels, 60 high", "60 pixels")
@@ -202,7 +196,7 @@ if __name__ == "__main__":
     from experiment.networks import load_network
 
     network, own = load_network(sys.argv[1]), 0
-    for digit, label in test_digits(60):
+    for digit, label in cut_out_digits(60):
         image = np.pad(digit, 36)[None, :, :, None].astype(np.float32)
         own += np.argmax(network(image)) == label
     print(f"{'the pixels of the digits themselves, on black':<48}{own} of 60")

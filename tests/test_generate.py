@@ -1,14 +1,15 @@
 """data/generate.py: the rules of the generator, and the committed data set."""
 
 import importlib.util
+import signal
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, run
+from conftest import ROOT, assert_one_line_error, contents, run, send_signal, start
 
 from data import generate
 from data.dataset import load_dataset
-from experiment.files import UserError
+from experiment.files import PART, UserError
 
 
 def make(*arguments, **environment):
@@ -45,12 +46,6 @@ def test_an_image_is_the_digit_over_at_most_eight_pieces():
         assert 0 < np.count_nonzero(outside) <= 8 * 64
 
 
-def test_what_exceeds_white_is_white():
-    white = np.full((3, 28, 28), 200, np.uint8)
-    canvas, _ = generate.cluttered_image(np.random.default_rng(0), white[0], white)
-    assert set(np.unique(canvas)) == {0, 200, 255}
-
-
 def test_digits_are_placed_uniformly_and_wholly_inside():
     white = np.full((1, 28, 28), 255, np.uint8)
     rng = np.random.default_rng(0)
@@ -83,14 +78,6 @@ def test_original_uses_the_training_digits_for_both_parts():
     assert [label for _, label, _ in samples[:30]] != [label for _, label, _ in samples[30:]]
 
 
-def test_an_image_depends_on_its_index_alone():
-    sample = generate.generate(digits(30, value=50), digits(20, value=60), 100, "disjoint", seed=1)
-    everything = [sample(index) for index in range(100)]
-    for index in 99, 3:
-        np.testing.assert_array_equal(sample(index)[0], everything[index][0])
-        assert sample(index)[1:] == everything[index][1:]
-
-
 @pytest.fixture
 def mnist_file(tmp_path):
     path = tmp_path / "digits.npz"
@@ -112,6 +99,22 @@ def test_the_same_arguments_give_the_same_bytes(tmp_path, mnist_file):
     assert (train.images.shape, test.images.shape) == ((28, 100, 100, 1), (12, 100, 100, 1))
     for image, (x0, y0, x1, y1) in zip(train.images, train.boxes, strict=True):
         assert (image[y0:y1, x0:x1] == 255).all()
+
+
+@pytest.mark.slow
+def test_a_generator_that_is_killed_leaves_the_old_tarball_whole(tmp_path, mnist_file):
+    arguments = ["--digits", mnist_file, "--out", tmp_path / "out", "--images"]
+    assert make(*arguments, 20).returncode == 0
+    before = contents(tmp_path / "out")
+    for number, code in (signal.SIGINT, 130), (signal.SIGKILL, -9):
+        with start("-m", "data.generate", *arguments, 100_000) as process:
+            send_signal(process, number, tmp_path / "out" / f"{PART}mnist_cluttered.tar.gz")
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "Traceback" not in errors
+        assert before.items() <= contents(tmp_path / "out").items()
+    assert make(*arguments, 20).returncode == 0  # the next run is not in the way of what was left
+    assert not list((tmp_path / "out").glob(PART + "*"))
 
 
 def test_validation_images_have_no_digit_of_the_data_set_of_this_repository(tmp_path):
@@ -147,10 +150,16 @@ def test_validation_images_have_no_digit_of_the_data_set_of_this_repository(tmp_
         (["--digits", "requirements.txt"], ["requirements.txt", "not an mnist.npz"]),
         (["--images", "1"], ["--images must be at least 2"]),
         (["--seed", "-1"], ["--seed"]),
+        ([], ["MNIST cannot be downloaded", "--digits"]),  # the documented main use, where there is no network
+        (["--digits", "FILE", "--out", "FILE"], ["digits.npz"]),
     ],
 )
-def test_wrong_arguments(tmp_path, arguments, parts):
-    assert_one_line_error(make(*arguments, "--out", tmp_path / "out"), "generate.py:", *parts)
+def test_wrong_arguments(tmp_path, mnist_file, arguments, parts):
+    before, closed = mnist_file.read_bytes(), "http://127.0.0.1:9"  # a port where nothing listens
+    arguments = ["--out", tmp_path / "out", *(mnist_file if argument == "FILE" else argument for argument in arguments)]
+    process = make(*arguments, KERAS_HOME=tmp_path, https_proxy=closed, http_proxy=closed)
+    assert_one_line_error(process, "generate.py:", *parts)
+    assert mnist_file.read_bytes() == before
     assert not (tmp_path / "out").exists()
 
 
@@ -158,36 +167,21 @@ def test_a_script_outside_its_package():
     assert_one_line_error(run("data/generate.py", "--out", "data"), "python -m data.generate")
 
 
+IMAGES, LABELS = digits(20, value=255)[0], np.arange(20) % 10
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [("labels", "is not an mnist.npz"), ("none", "is not an mnist.npz"), ("ink", "image 3 is black")],
+    ("images", "labels", "message"),
+    [
+        (IMAGES, np.eye(10)[LABELS], "is not an mnist.npz"),
+        (IMAGES[:0], LABELS[:0], "is not an mnist.npz"),
+        (IMAGES * (LABELS != 3)[:, None, None], LABELS, "image 3 is black"),
+    ],
 )
-def test_a_file_that_is_not_mnist(tmp_path, fault, message):
-    images, labels = digits(20, value=255)
-    labels = labels % 10
-    if fault == "labels":
-        labels = np.eye(10)[labels]
-    elif fault == "none":
-        images, labels = images[:0], labels[:0]
-    else:
-        images[3] = 0
+def test_a_file_that_is_not_mnist(tmp_path, images, labels, message):
     np.savez(tmp_path / "digits.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     with pytest.raises(UserError, match=rf"digits\.npz.* {message}"):
         generate.load_digits(tmp_path / "digits.npz", seed=0)
-
-
-def test_a_download_that_fails(tmp_path):
-    """The documented main use, where there is no network: the proxy of the download is a port where nothing listens."""
-    proxy = "http://127.0.0.1:9"
-    process = make("--out", tmp_path / "out", KERAS_HOME=tmp_path, https_proxy=proxy, http_proxy=proxy)
-    assert_one_line_error(process, "generate.py: MNIST cannot be downloaded", "--digits")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_cannot_be_written(tmp_path, mnist_file):
-    (tmp_path / "file").write_text("mine")
-    assert_one_line_error(make("--digits", mnist_file, "--out", tmp_path / "file"), "file")
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_committed_data_set():

@@ -8,14 +8,14 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import ROOT, SMALL, assert_one_line_error, call, contents, rows, run, write_data
+from conftest import ROOT, SMALL, assert_one_line_error, assert_same_run, call, contents, rows, run, write_data
 from PIL import Image
 
 import cam
 import mnist
 from data.dataset import load_dataset
 from experiment import training
-from experiment.training import batch_indices, epoch_order, warmup_cosine
+from experiment.training import batch_indices, warmup_cosine
 
 FIVE_STEPS = ["--steps", 5, "--precision", "float32", *SMALL]
 
@@ -33,7 +33,11 @@ def pixels(path):
 
 
 def test_what_a_run_writes(small_run):
-    out, _ = small_run
+    out, process = small_run
+    assert process.stderr == ""
+    assert len(process.stdout.splitlines()) < 15
+    for text in ("21 training images, 9 test images", "boxes.txt is missing", "on all 9 test images", "s in all"):
+        assert text in process.stdout
     maps = {f"cmap_{step}.png" for step in (0, 2, 4, 5)}
     for sample in range(4):
         found = {path.name for path in (out / f"img_{sample}").iterdir()}
@@ -44,19 +48,8 @@ def test_what_a_run_writes(small_run):
     history = rows(out / "history.csv")
     assert [row["step"] for row in history] == ["0", "2", "4", "5"]
     assert [row["images"] for row in history] == ["0", "16", "32", "40"]
-    assert all(0 <= float(row["test_accuracy"]) <= 1 for row in history)
     assert history[0]["loss"] == ""
     assert float(history[-1]["loss"]) > 0
-
-
-def test_pictures(small_run, small_data):
-    out, _ = small_run
-    _, test = load_dataset(small_data)
-    picture = pixels(out / "img_0" / "image_test.png")
-    assert picture.shape == (360, 396)
-    np.testing.assert_array_equal(picture[::9, ::9], test.images[0, :, :, 0])
-    assert pixels(out / "img_0" / "cmap_5.png").shape == (360, 396, 3)
-    assert pixels(out / "img_0" / "evolution.png").shape[1] > 5 * 396
 
 
 def test_the_map_is_that_of_the_true_class(small_run, small_data):
@@ -65,44 +58,28 @@ def test_the_map_is_that_of_the_true_class(small_run, small_data):
     first, other, same = (pixels(out / f"img_{sample}" / "cmap_5.png") for sample in range(3))
     np.testing.assert_array_equal(first, same)
     assert np.abs(first.astype(int) - other).max() > 20
-    # And it is what the saved model gives.
-    _, test = load_dataset(small_data)
-    model = keras.models.load_model(out / "lenet.keras")
-    _, maps = cam.class_activation_model(model).predict(test.images[:1], verbose=0)
-    heatmap = cam.normalize(cam.upsample(maps[..., test.labels[0]], 40, 44))[0]
-    difference = cam.overlay(test.images[0], heatmap).astype(int) - first[::9, ::9]
-    assert np.abs(difference).max() <= 1
-
-
-def test_the_console_is_quiet(small_run):
-    _, process = small_run
-    assert process.stderr == ""
-    assert len(process.stdout.splitlines()) < 15
-    for text in ("21 training images, 9 test images", "boxes.txt is missing", "on all 9 test images", "s in all"):
-        assert text in process.stdout
-
-
-def test_the_saved_model_is_float32_and_has_the_accuracy_of_the_history(small_run, small_data):
-    out, _ = small_run
+    # And it is what the saved model gives, in float32, with the accuracy of the history.
     _, test = load_dataset(small_data)
     model = keras.models.load_model(out / "lenet.keras")
     assert model.count_params() == 52_736
     assert {layer.compute_dtype for layer in model.layers} == {"float32"}
-    right = np.asarray(model(test.images)).argmax(axis=1) == test.labels
-    assert right.mean() == pytest.approx(float(rows(out / "history.csv")[-1]["test_accuracy"]))
+    logits, maps = cam.class_activation_model(model).predict(test.images, verbose=0)
+    accuracy = (logits.argmax(axis=1) == test.labels).mean()
+    assert accuracy == pytest.approx(float(rows(out / "history.csv")[-1]["test_accuracy"]))
+    heatmap = cam.normalize(cam.upsample(maps[:1, :, :, test.labels[0]], 40, 44))[0]
+    assert first.shape == (360, 396, 3)
+    difference = cam.overlay(test.images[0], heatmap).astype(int) - first[::9, ::9]
+    assert np.abs(difference).max() <= 1
+    picture = pixels(out / "img_0" / "image_test.png")
+    assert picture.shape == (360, 396)
+    np.testing.assert_array_equal(picture[::9, ::9], test.images[0, :, :, 0])
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(small_run, small_data, tmp_path):
     arguments = ["--data", small_data, *FIVE_STEPS]
     assert call(mnist, *arguments, "--out", tmp_path / "same").returncode == 0
     assert call(mnist, *arguments, "--out", tmp_path / "other", "--seed", 1).returncode == 0
-    weights = [keras.models.load_model(out / "lenet.keras").get_weights() for out in (small_run[0], tmp_path / "same")]
-    for one, other in zip(*weights, strict=True):
-        np.testing.assert_array_equal(one, other)
-    compared = [path for path in small_run[0].rglob("*") if path.suffix in (".png", ".csv", ".js")]
-    assert len(compared) > 30
-    for name in [path.relative_to(small_run[0]) for path in compared]:
-        assert (tmp_path / "same" / name).read_bytes() == (small_run[0] / name).read_bytes(), name
+    assert_same_run(tmp_path / "same", small_run[0])
     for name in "history.csv", "img_0/cmap_0.png", "img_0/cmap_5.png":
         assert (tmp_path / "other" / name).read_bytes() != (small_run[0] / name).read_bytes(), name
 
@@ -112,21 +89,11 @@ def test_a_run_continues_bit_for_bit(small_run, small_data, tmp_path):
     shutil.copytree(small_run[0], out)
     (out / "lenet.keras").unlink()
     (out / "checkpoint.previous.npz").replace(out / "checkpoint.npz")
-    process = call(mnist, "--data", small_data, "--out", out, *FIVE_STEPS)
+    arguments = ["--data", small_data, "--out", out, *FIVE_STEPS]
+    process = call(mnist, *arguments)
     assert "resuming after step 4" in process.stdout, process.stderr
-    for path in [*small_run[0].rglob("*.png"), small_run[0] / "history.csv", small_run[0] / "run.js"]:
-        assert (out / path.relative_to(small_run[0])).read_bytes() == path.read_bytes(), path
-    weights = [keras.models.load_model(folder / "lenet.keras").get_weights() for folder in (out, small_run[0])]
-    for one, other in zip(*weights, strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-def test_a_finished_run_says_so_and_other_settings_are_refused(small_run, small_data):
-    out, _ = small_run
-    before, arguments = contents(out), ["--data", small_data, "--out", out, *FIVE_STEPS]
-    assert "finished; --fresh" in call(mnist, *arguments).stdout
+    assert_same_run(out, small_run[0])
     assert_one_line_error(call(mnist, *arguments, "--steps", 6), "--steps 5, not 6", "--fresh")
-    assert before == contents(out)
 
 
 def test_a_run_is_not_resumed_on_other_data_or_another_backend(tmp_path, monkeypatch):
@@ -142,7 +109,7 @@ def test_a_run_is_not_resumed_on_other_data_or_another_backend(tmp_path, monkeyp
     first = images[:30], labels[:30], boxes[:30]
     assert start(*first).returncode == 0
     before = contents(out)
-    assert "holds this run, finished" in start(*first).stdout
+    assert "holds this run, finished; --fresh" in start(*first).stdout
     for other in (
         (np.roll(images[:30], 1, axis=0), labels[:30], boxes[:30]),
         (images[:30], np.roll(labels[:30], 1), boxes[:30]),
@@ -150,17 +117,24 @@ def test_a_run_is_not_resumed_on_other_data_or_another_backend(tmp_path, monkeyp
         (images, labels, boxes),
     ):
         assert_one_line_error(start(*other), f"has changed since {out} was begun", "--fresh")
-    assert_one_line_error(start(*first, "--learning-rate", 0.5), "--learning-rate 0.03, not 0.5")
+    assert_one_line_error(start(*first, "--learning-rate", 0.5), "--learning-rate 0.03, not 0.5", "--fresh")
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
     monkeypatch.setattr(mnist, "set_seed", lambda seed: None)
     assert_one_line_error(start(*first), "KERAS_BACKEND tensorflow, not torch")
     assert before == contents(out)
 
 
-def test_a_run_of_another_version_is_refused(small_data, tmp_path):
-    (tmp_path / "settings.json").write_text('{"recipe": "default", "steps": "5", "rotation": "10.0"}')
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"recipe": "default", "steps": "5", "rotation": "10.0"}', "holds a run of another script or version"),
+        ("{", "settings.json is damaged"),
+    ],
+)
+def test_settings_of_another_version_or_damaged_ones_are_refused(small_data, tmp_path, content, part):
+    (tmp_path / "settings.json").write_text(content)
     process = call(mnist, "--data", small_data, "--out", tmp_path, *FIVE_STEPS)
-    assert_one_line_error(process, f"{tmp_path} holds a run of another script or version", "--fresh")
+    assert_one_line_error(process, str(tmp_path), part, "--fresh")
 
 
 @pytest.mark.slow
@@ -176,7 +150,7 @@ def test_what_a_notebook_or_service_has_in_its_environment(small_data, tmp_path)
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("script", ["mnist.py", "caltech256.py", "show.py"])
+@pytest.mark.parametrize("script", ["mnist.py", "photos.py", "show.py"])
 @pytest.mark.parametrize("backend", ["nonsense", "torch"])
 def test_a_keras_backend_that_is_not_installed(script, backend):
     if importlib.util.find_spec(backend):
@@ -189,7 +163,7 @@ def test_fresh_starts_over(small_data, tmp_path):
     arguments = ["--data", small_data, "--out", out, *SMALL]
     assert call(mnist, *arguments, "--steps", 2).returncode == 0
     (out / "notes.txt").write_text("mine")
-    process = call(mnist, *arguments, "--steps", 1, "--recipe", "original", "--fresh")
+    process = call(mnist, *arguments, "--steps", 1, "--recipe", "original", "--pooling", "max", "--fresh")
     assert process.returncode == 0, process.stderr
     assert [row["step"] for row in rows(out / "history.csv")] == ["0", "1"]
     assert not (out / "img_0" / "cmap_2.png").exists()
@@ -201,6 +175,7 @@ def test_fresh_starts_over(small_data, tmp_path):
     ("arguments", "parts"),
     [
         (["--data", "nowhere"], ["nowhere/labels.txt is missing"]),
+        (["--data", "BROKEN"], ["mnist_cluttered.tar.gz is not a complete .tar.gz"]),
         (["--data", "data/mnist_cluttered.tar.gz"], ["mnist_cluttered.tar.gz is a file; --data takes the folder"]),
         (["--rotation", "10"], ["unrecognized arguments: --rotation 10"]),
         (["--batch-size", "22"], ["--batch-size 22", "21 training images"]),
@@ -211,10 +186,13 @@ def test_fresh_starts_over(small_data, tmp_path):
         (["--recipe", "original", "--beta-2", "0.9"], ["--beta-2 is not a setting of the original recipe"]),
         (["--precision", "float8"], ["--precision", "float8"]),
         (["--out", "requirements.txt"], ["--out requirements.txt cannot be written", "give another folder"]),
-        (["--out", "/proc/out"], ["--out /proc/out cannot be written"]),
+        (["--out", "/proc"], ["--out /proc cannot be written"]),
     ],
 )
 def test_bad_settings(small_data, tmp_path, arguments, parts):
+    broken = write_data(tmp_path / "broken", [], range(10))
+    (broken / "mnist_cluttered.tar.gz").write_bytes((small_data / "mnist_cluttered.tar.gz").read_bytes()[:1000])
+    arguments = [broken if argument == "BROKEN" else argument for argument in arguments]
     process = call(mnist, "--data", small_data, "--out", tmp_path / "out", *SMALL, *arguments)
     assert_one_line_error(process, "mnist.py:", *parts)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -245,13 +223,6 @@ def test_shuffled_images_come_once_an_epoch_in_another_order(batch_size):
     assert (other[:20] != epochs[0]).any()
 
 
-def test_the_batch_of_a_step_is_the_same_wherever_a_run_begins():
-    whole = batches(50, 4, 30, "shuffled")
-    epoch_order.cache_clear()
-    for step in (49, 7, 20):
-        np.testing.assert_array_equal(batch_indices(step, 4, 30, "shuffled", 0), whole[step])
-
-
 def test_the_originals_batches_come_in_file_order():
     assert np.concatenate(batches(4, 4, 10, "file")).tolist() == [*range(10), *range(6)]
 
@@ -263,15 +234,6 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[20] == pytest.approx(0.5)
     assert rates[60] == pytest.approx(0.25)  # half of the cosine
     assert rates[100] == pytest.approx(0)
-
-
-def test_a_broken_tarball(tmp_path, small_data):
-    tarball = tmp_path / "mnist_cluttered.tar.gz"
-    tarball.write_bytes((small_data / "mnist_cluttered.tar.gz").read_bytes()[:1000])
-    (tmp_path / "labels.txt").write_text((small_data / "labels.txt").read_text())
-    process = call(mnist, "--data", tmp_path, "--out", tmp_path / "out")
-    assert_one_line_error(process, "mnist_cluttered.tar.gz is not a complete .tar.gz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["img.lock", "labels.txt", "mnist_cluttered.tar.gz"]
 
 
 @pytest.mark.slow
@@ -286,15 +248,7 @@ def test_learning(tmp_path):
     short = ["--steps", 300, "--batch-size", 32, "--warmup", 0.3, "--eval-every", 300, "--samples", 10]
     process = run("mnist.py", "--data", data, "--out", tmp_path / "out", *short)
     assert process.returncode == 0, process.stderr
-    # Chance is 10%.
-    assert float(rows(tmp_path / "out" / "history.csv")[-1]["test_accuracy"]) > 0.6
-
-    # The digit's box covers about 5% of an image, so the maximum of a map that knows nothing is there that often.
-    model = keras.models.load_model(tmp_path / "out" / "lenet.keras")
-    maps = cam.class_activation_model(model).predict(images[4200:, :, :, None], verbose=0)[1]
-    maps = cam.upsample(maps[np.arange(1800), :, :, labels[4200:]], 50, 50)
-    hits = 0
-    for class_map, (x0, y0, x1, y1) in zip(maps, boxes[4200:], strict=True):
-        y, x = np.unravel_index(class_map.argmax(), class_map.shape)
-        hits += x0 <= x < x1 and y0 <= y < y1
-    assert hits > 900
+    # Chance is 10%, and the maximum of a map that knows nothing is in the digit's box, 5% of an image, that often.
+    measured = rows(tmp_path / "out" / "history.csv")[-1]
+    assert float(measured["test_accuracy"]) > 0.6
+    assert float(measured["test_pointing"]) > 0.5

@@ -1,10 +1,8 @@
 """The pages of a run, opened in headless Chromium."""
 
-import base64
 import contextlib
 import functools
 import http.server
-import json
 import threading
 import time
 
@@ -16,13 +14,13 @@ from conftest import ROOT
 from PIL import Image
 
 from cam import bounding_box, class_activation_model, upsample
-from data.dataset import Split, load_dataset
+from data.dataset import load_dataset
 from experiment.pages import write_draw_page, write_page, write_run_js
 from lenet import lenet, scale_to_unit_logits
 
 HTML = "<!--<script>三\u2028"
-SAMPLES = {"classes": ["zero", "o\"n'e", "two", HTML], "labels": [3, 1, 3, 0], "height": 12, "width": 16}
-SAMPLES |= {"boxes": [[[2, 3, 9, 8]], [], [[1, 1, 4, 4], [5.5, 6, 10, 12]], [[0, 0, 16, 12]]]}
+SAMPLES = {"classes": ["zero", "o\"n'e", "two", HTML], "labels": [3, 1, 3, 0]}
+SAMPLES |= {"boxes": [[[2, 3, 9, 8]], [], [[1, 1, 4, 4], [5.5, 6, 10, 12]], [[0, 0, 16, 12]]], "sizes": 4 * [[12, 16]]}
 HISTORY = [
     {"step": 100 * k, "images": 3200 * k, "loss": 1.0, "test_accuracy": k / 2, "test_gt_known": k / 4, "test_pxap": 1}
     | {"predicted": predicted, "boxes": [[k, 2, 10, 9], None, [0, 0, 16, 12], [3, 3, 4, 4]]}
@@ -91,23 +89,6 @@ def expect(browser, frame="self", **expected):
         assert time.monotonic() < end, f"not {expected}: {state}"
 
 
-def test_run_js_holds_the_run(out):
-    rows = [{name: row[name] for name in ("step", "images", "predicted", "boxes")} for row in HISTORY]
-    steps = [row | {"accuracy": k / 2, "gt_known": k / 4} for k, row in enumerate(rows)]
-    content = (out / "run.js").read_text(encoding="ascii")
-    run = SAMPLES | {"metrics": {"accuracy": "accuracy", "gt_known": "GT-known localization"}, "steps": steps}
-    assert json.loads(content.removeprefix("run = ").removesuffix(";\n")) == run | {"draw": False, "finished": True}
-    (out / "draw.html").touch()
-    write_run_js(out, SAMPLES | {"boxes": None}, rows[:1], finished=False)  # without metrics
-    run = json.loads((out / "run.js").read_text()[6:-2])
-    assert (run["finished"], run["draw"], run["boxes"], run["steps"][0]["gt_known"]) == (False, True, None, None)
-    with pytest.raises(ValueError, match="JSON"):
-        write_run_js(out, SAMPLES, [HISTORY[0] | {"test_accuracy": float("nan")}], finished=False)
-    (out / "draw.html").unlink()
-    write_run_js(out, SAMPLES, HISTORY, finished=True)
-    assert (out / "run.js").read_text() == content  # the same run, the same file
-
-
 def test_the_page_shows_the_files_of_a_step(out, browser):
     assert "http" not in (out / "index.html").read_text(encoding="utf-8")  # it needs nothing from elsewhere
     browser.open(out / "index.html")
@@ -116,6 +97,7 @@ def test_the_page_shows_the_files_of_a_step(out, browser):
     assert end["captions"][:2] == [f"image 0: {HTML}, predicted {HTML}|", "image 1: o\"n'e, predicted o\"n'e|"]
     assert end["boxes"][0] == [["true", 2, 3, 7, 5], ["predicted", 2, 2, 8, 7]]
     assert end["boxes"][1] == []
+    assert not browser.evaluate("element('draw').checkVisibility()")
     assert end["boxes"][2] == [["true", 1, 1, 3, 3], ["true", 5.5, 6, 4.5, 6], ["predicted", 0, 0, 16, 12]]
     places = "['img', '.predicted'].map(name => figures[0].querySelector(name).getBoundingClientRect().toJSON())"
     image, box = browser.evaluate(places)
@@ -181,9 +163,12 @@ def test_an_enlarged_image(out, browser):
     expect(browser, large=f"Image 0: {HTML}, after step 100", large_files=["img_0/cmap_100.png", *files[1:]])
     browser.press("Escape")
     expect(browser, large=None, focus=0)
-    write_run_js(out, SAMPLES | {"boxes": None}, HISTORY[:2], finished=False)
+    bare = [{name: row[name] for name in ("step", "images", "predicted", "boxes")} for row in HISTORY[:2]]
+    (out / "draw.html").touch()
+    write_run_js(out, SAMPLES | {"boxes": []}, bare, finished=False)
     browser.open(out / "index.html")
-    expect(browser, step=1)
+    expect(browser, step=1, text="step 100: 3,200 training images seen; not finished")
+    assert browser.evaluate("element('draw').checkVisibility() && element('draw').href.endsWith('/draw.html')")
     browser.click("#grid figure:nth-of-type(1)")
     expect(browser, large_files=["img_0/cmap_100.png", "img_0/image_test.png"])
     assert browser.evaluate("large.querySelectorAll('svg > rect').length") == 1
@@ -261,52 +246,43 @@ def test_playing(address, browser):
     assert [text.split(":")[0] for text in told] == ["step 200"]  # by screen readers, not each step
 
 
-@pytest.fixture(scope="module", params=["average", "max"])
+@pytest.fixture(scope="module")
 def drawn_run(request, tmp_path_factory):
     """A run's kept weights at two steps, its test images, and the models: (folder, images, models)."""
-    out = tmp_path_factory.mktemp(request.param)
-    _, test = load_dataset(ROOT / "data")
-    models = []
+    pooling, height, width = request.param
+    out, models = tmp_path_factory.mktemp(pooling), []
+    test = load_dataset(ROOT / "data")[1].first(32)
+    test = test._replace(images=test.images[:, :height, :width])
     (out / "weights").mkdir()
     for step in (0, 100):
         keras.utils.set_random_seed(step)
-        model = lenet(pooling=request.param)
-        scale_to_unit_logits(model, test.images[:32])
+        model = lenet(pooling=pooling)
+        scale_to_unit_logits(model, test.images)
         for name, units in (("conv1", 32), ("conv2", 64)):
             model.get_layer(name).bias.assign(keras.random.normal([units], stddev=0.1))  # as after some training
         np.savez(out / "weights" / f"{step}.npz", **{weight.path: np.asarray(weight) for weight in model.weights})
         models.append(model)
-    write_draw_page(out, models[-1], test.first(30), 100)
+    write_draw_page(out, models[-1], test, 100)
     return out, test.images, models
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("drawn_run", [("average", 100, 100), ("max", 71, 82)], indirect=True)
 def test_the_network_in_the_browser_is_that_of_keras(drawn_run, position, browser):
     out, images, models = drawn_run
     browser.open(out / "draw.html")
     logits, maps = class_activation_model(models[position]).predict(images[:20], verbose=0)
     maps = upsample(maps, *images.shape[1:3])
     for image, expected, class_maps in zip(images[:20], logits, maps, strict=True):
-        content = base64.b64encode(image.tobytes()).decode()
-        browser.evaluate(f"globalThis.found = forward(bytes({content!r}), networks[{position}])")
+        pixels = image.ravel().tolist()
+        browser.evaluate(f"globalThis.found = forward(new Uint8Array({pixels}), networks[{position}])")
         np.testing.assert_allclose(browser.evaluate("found.logits"), expected, rtol=1e-3, atol=1e-5)
         boxes = browser.evaluate("found.maps.map(map => boundingBox(upsample(map)))")
         assert [box and tuple(box) for box in boxes] == [bounding_box(class_maps[..., c]) for c in range(10)]
 
 
-def test_the_network_in_the_browser_on_images_of_odd_size(browser, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (3, 30, 43, 1), dtype=np.uint8)
-    model = lenet()
-    write_draw_page(tmp_path, model, Split(images, np.arange(3), None), 7)  # no weights were kept
-    browser.open(tmp_path / "draw.html")
-    logits, maps = class_activation_model(model).predict(images[1:2], verbose=0)
-    found = browser.evaluate("forward(examples[1], networks[0])")
-    np.testing.assert_allclose(found["logits"], logits[0], atol=1e-3 * np.abs(logits).max())
-    found = [list(one.values()) for one in found["maps"]]
-    np.testing.assert_allclose(found, maps[0].reshape(-1, 10).T, atol=1e-4 * np.abs(maps).max())
-
-
+@pytest.mark.parametrize("drawn_run", [("average", 100, 100)], indirect=True)
 def test_a_digit_is_drawn_and_read(drawn_run, browser):
     out, _, models = drawn_run
     browser.open(out / "draw.html")

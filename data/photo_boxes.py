@@ -1,0 +1,106 @@
+"""Reads the true boxes of photos: half-open, in pixels of the upright photo. A photo can have several.
+
+boxes.csv      lines "file,x0,y0,x1,y1", with that header; `file` is relative to the folder of boxes.csv
+any name.xml   Pascal VOC, for the photo of the same name, beside it or in a folder of annotations
+"""
+
+import csv
+import io
+import posixpath
+from xml.etree import ElementTree
+
+import numpy as np
+
+from data.archive import printable, read_bytes
+from experiment.files import UserError
+
+BOXES_CSV = "boxes.csv"
+HEADER = ["file", "x0", "y0", "x1", "y1"]
+
+
+def read_boxes(archive, tables, photos, used):
+    """Reads all boxes of some photos.
+
+    Args:
+        archive: Path of the folder or archive, for messages.
+        tables: The files boxes.csv and .xml, as `File`s.
+        photos: Names of all photos.
+        used: Name -> (`File` with its size, names of its class) of the photos to use.
+
+    Returns:
+        Name of a photo -> its boxes, (n, 4) float64. Where objects in an .xml have a name of the photo's class, the
+        others are left out. And the number of boxes that belong to no photo, or not clearly to one.
+
+    Raises:
+        UserError: A table is broken, boxes are not in pixels, or no box belongs to a photo.
+    """
+    objects, strangers, count = {}, [], 0
+    by_stem = {}
+    for name in photos:
+        by_stem.setdefault(stem(name), []).append(name)
+    for table in tables:
+        source = f"{archive}: {printable(table.name)}"
+        rows = read_csv(source, table) if table.name.endswith(BOXES_CSV) else read_voc(source, table, by_stem)
+        if rows and all(0 <= value <= 1 for *_, corners in rows for value in corners):
+            raise UserError(f"{source}: all values are in 0..1; boxes are in pixels")
+        for where, name, kind, (x0, y0, x1, y1) in rows:
+            count += 1
+            if name not in photos:
+                strangers.append(name)
+            elif name in used:
+                photo = used[name][0]
+                if not (0 <= x0 < x1 <= photo.width and 0 <= y0 < y1 <= photo.height):
+                    size = f"{photo.width} x {photo.height} pixels"
+                    raise UserError(f"{where}: no box in {printable(name)}, which has {size}")
+                objects.setdefault(name, []).append((kind, [x0, y0, x1, y1]))
+    if count and len(strangers) == count:
+        names = f"there are boxes of {printable(strangers[0])}, and photos such as {printable(min(photos))}"
+        raise UserError(f"{archive}: no box belongs to a photo: {names}")
+    boxes = {}
+    for name, found in objects.items():
+        of_class = [corners for kind, corners in found if kind in (None, *used[name][1])]
+        boxes[name] = np.array(of_class or [corners for _, corners in found])
+    return boxes, len(strangers)
+
+
+def read_csv(source, table):
+    """The boxes in a file boxes.csv: a list of (file and line, name of the photo, None, corners)."""
+    folder, boxes = posixpath.dirname(table.name), []
+    rows = csv.reader(io.TextIOWrapper(io.BytesIO(read_bytes(table)), "utf-8-sig", newline=""))
+    try:
+        if next(rows, None) != HEADER:
+            raise ValueError(f"the header must be {','.join(HEADER)}")
+        for row in filter(None, rows):
+            if len(row) != 5:
+                raise ValueError(f"{len(row)} values, not 5")
+            name = posixpath.normpath(posixpath.join(folder, row[0].replace("\\", "/")))
+            boxes.append((f"{source}, line {rows.line_num}", name, None, [float(value) for value in row[1:]]))
+    except (ValueError, csv.Error) as error:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{source}, line {max(rows.line_num, 1)}: {error}") from None
+    return boxes
+
+
+def read_voc(source, table, by_stem):
+    """The boxes in a Pascal VOC annotation: a list of (file, name of the photo, name of the object, corners).
+
+    The photo has the same stem; of several, it lies beside the annotation, or in a folder of the same name.
+    """
+    folder, name = posixpath.dirname(table.name), stem(table.name)
+    names = by_stem.get(name, [])
+    names = [name for name in names if posixpath.dirname(name) == folder] or names
+    if len(names) > 1:
+        last = posixpath.basename(folder)
+        names = [name for name in names if posixpath.basename(posixpath.dirname(name)) == last]
+    photo = names[0] if len(names) == 1 else table.name
+    try:
+        boxes = []
+        for found in ElementTree.fromstring(read_bytes(table)).findall("object"):
+            corners = [float(found.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            boxes.append((source, photo, found.findtext("name", "").strip(), corners))
+        return boxes
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
+        raise UserError(f"{source}: {error}") from None
+
+
+def stem(name):
+    return posixpath.splitext(posixpath.basename(name))[0]

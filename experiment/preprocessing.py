@@ -1,0 +1,95 @@
+"""How a network takes its images, and the file beside a saved network that says so."""
+
+import importlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from experiment.digits import preprocess_digit
+from experiment.files import UserError, atomic_write
+from experiment.images import resize, scale_short_side
+
+KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
+
+
+class Preprocessing(NamedTuple):
+    """How a network takes its images."""
+
+    digit: bool = False  # as a digit, light on black, 20 pixels high, see `digits.preprocess_digit`
+    short_side: int | None = None  # pixels to which the short side is scaled
+    pixel_range: tuple | None = None  # what black and white are to the network; by default 0 and 255
+    preprocess: str | None = None  # module of `keras.applications` whose `preprocess_input` is applied instead
+
+    def apply(self, pixels, input_shape):
+        """An image (H, W, 3) uint8 as a network of that input shape takes it, (h, w, channels) float32.
+
+        Height and width of the input shape are None if any will do. If one of them is fixed, the image keeps its
+        proportions.
+        """
+        height, width, channels = input_shape
+        if self.digit:
+            pixels = preprocess_digit(pixels)[:, :, None].repeat(channels, axis=2)
+        elif channels == 1:
+            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]
+        rows, columns = pixels.shape[:2]
+        if self.short_side:
+            pixels = scale_short_side(pixels, self.short_side)
+        elif height or width:
+            height, width = height or round(rows * width / columns), width or round(columns * height / rows)
+            if (height, width) != (rows, columns):
+                pixels = resize(pixels, max(height, 1), max(width, 1))
+        pixels = pixels.astype(np.float32)
+        if self.preprocess:
+            return load_preprocess_input(self.preprocess)(pixels)
+        low, high = self.pixel_range or (0, 255)
+        return low + (high - low) / 255 * pixels
+
+
+def load_preprocess_input(module):
+    """The function `preprocess_input` of a module of `keras.applications`, such as "resnet"."""
+    try:
+        return importlib.import_module(f"keras.applications.{module}").preprocess_input
+    except (ImportError, AttributeError):
+        raise UserError(f"preprocess: {module} is not a module of keras.applications") from None
+
+
+def preprocessing_file(path):  # mine.keras -> mine_images.json
+    return path.with_name(f"{path.stem}_images.json")
+
+
+def save_preprocessing(preprocessing, path):
+    """Writes the file beside the network at `path`."""
+    fields = {name: value for name, value in preprocessing._asdict().items() if value}
+    with atomic_write(preprocessing_file(path)) as part:
+        part.write_text(json.dumps(fields), encoding="utf-8")
+
+
+def load_preprocessing(path):
+    """The `Preprocessing` recorded beside the network at `path`; the default if there is none.
+
+    Raises:
+        UserError: The file is damaged, or has another field.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in KERAS_SUFFIXES:  # a checkpoint of the original
+        return Preprocessing(digit=True)
+    file = preprocessing_file(path)
+    if not file.exists():
+        return Preprocessing()
+    try:
+        preprocessing = Preprocessing(**json.loads(file.read_text(encoding="utf-8-sig")))
+        low, high = map(float, preprocessing.pixel_range or (0, 255))
+        short_side = 1 if preprocessing.short_side is None else preprocessing.short_side
+        if not (isinstance(preprocessing.digit, bool) and low < high and 1 <= short_side <= 10_000):
+            raise ValueError(preprocessing)
+    except (ValueError, TypeError):
+        example = '{"digit": true}, {"preprocess": "resnet"} or {"short_side": 256, "pixel_range": [0, 1]}'
+        raise UserError(f"{file} must be like {example}") from None
+    if preprocessing.preprocess is not None:
+        if preprocessing.pixel_range:
+            raise UserError(f"{file} has both preprocess and pixel_range")
+        load_preprocess_input(preprocessing.preprocess)
+    return preprocessing
