@@ -48,8 +48,8 @@ def list_files(archive):
             if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError(f"it breaks off after {len(members):,} files")
     except BROKEN as error:
-        reason = f"{archive} is not a complete .tar ({error})"
-        raise UserError(f"{reason}; unpack another archive, and give the folder by --data") from None
+        hint = "unpack an archive of another kind, and give the folder by --data"
+        raise UserError(f"{archive} is not a complete .tar ({error}); {hint}") from None
     files, folders, links = {}, [], {}
     for member in members:
         name = posixpath.normpath(member.name).lstrip("/")

@@ -240,7 +240,7 @@ def test_the_learning_rate_rises_and_falls():
 def test_learning(tmp_path):
     """A few hundred steps on committed images at half their size: digits that it has never seen, and where they are."""
     parts = [part.first(count) for part, count in zip(load_dataset(ROOT / "data"), (4200, 1800), strict=True)]
-    images, labels, boxes = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    images, labels, boxes = (np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:3])
     images = images.reshape(-1, 50, 2, 50, 2).mean(axis=(2, 4)).round().astype(np.uint8)
     boxes = np.concatenate([boxes[:, :2] // 2, -(-boxes[:, 2:] // 2)], axis=1)
     data = write_data(tmp_path / "data", images, labels, boxes)

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import keras
 import numpy as np
@@ -183,21 +184,14 @@ def test_a_network_without_exact_maps_is_refused_before_its_weights_are_download
 
 
 def test_without_network(monkeypatch, capsys):
-    unreachable = ["imagenet"]
-
-    def fail(*arguments, **options):
-        raise Exception("URL fetch failure on https://...: None\n[Errno -3]")  # as Keras does
-
-    def make(weights):
-        return fail() if weights in unreachable else pooled(8, 8, 3)
-
-    make.__module__ = "keras.applications.resnet50"
+    """First the weights cannot be downloaded, then only the class names; the network is made without any before."""
+    model, error = pooled(8, 8, 3), Exception("URL fetch failure on https://...: None\n[Errno -3]")  # as Keras does
+    make = Mock(side_effect=[model, error, model, model], __module__="keras.applications.resnet50")
     monkeypatch.setattr(keras.applications, "ResNet50", make)
-    monkeypatch.setattr(sys.modules[make.__module__], "decode_predictions", fail)
-    with pytest.raises(UserError, match=r"the weights of ResNet50 cannot be loaded .*fetch failure") as error:
+    monkeypatch.setattr(sys.modules[make.__module__], "decode_predictions", Mock(side_effect=error))
+    with pytest.raises(UserError, match=r"the weights of ResNet50 cannot be loaded .*fetch failure") as refused:
         keras_application("ResNet50")
-    assert "\n" not in str(error.value)
-    unreachable.clear()
+    assert "\n" not in str(refused.value)
     assert keras_application("ResNet50")[2] is None  # the class names
     says = "the class names cannot be loaded, so numbers are shown: URL fetch failure on https://...: None [Errno -3]\n"
     assert capsys.readouterr().err == says

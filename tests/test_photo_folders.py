@@ -139,7 +139,7 @@ def test_archives_that_cannot_be_used(tmp_path):
     assert_refused(r"missing\.tar is missing", tmp_path / "missing.tar")
     for name, content in ("text.tar", b"no archive"), ("photos.zip", b"PK\3\4"), ("photos.tar.gz", gzip.compress(b"")):
         (tmp_path / name).write_bytes(content)
-        assert_refused(f"{name} is not a complete .*; unpack another archive", tmp_path / name)
+        assert_refused(f"{name} is not a complete .*; unpack an archive of another kind", tmp_path / name)
     tar = write_tar(tmp_path / "whole.tar", FILES)
     with tarfile.open(tar) as members:
         header = members.getmembers()[5].offset
