@@ -89,7 +89,14 @@ def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=None):
         opacity: Opacity of the heatmap, 0..1.
         invert: Whether to invert the image first. By default grey images are inverted: a black background would darken
             the colours.
+
+    Raises:
+        ValueError: The image is not uint8, or the heatmap has values beyond 0..1 or NaN.
     """
+    if image.dtype != np.uint8:
+        raise ValueError(f"the image must be uint8, 0..255, not {image.dtype}")
+    if heatmap.dtype.kind != "f" or not (heatmap.min() >= 0 and heatmap.max() <= 1):
+        raise ValueError("the heatmap must have floating-point values in 0..1; see normalize")
     colors = 255 * matplotlib.colormaps[colormap](np.linspace(0, 1, 256, dtype=np.float32))[:, :3]  # (256, 3)
     background = image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)
     if invert or (invert is None and background.shape[2] == 1):

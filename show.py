@@ -23,6 +23,8 @@ if __name__ == "__main__":
     process.start()
 
 import csv
+import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -30,15 +32,13 @@ import numpy as np
 
 from experiment.figures import save_class_maps
 from experiment.files import UserError, atomic_write
+from experiment.images import SUFFIXES
 from experiment.predict import Network, predict_cams
 from experiment.settings import ArgumentParser, bounded
 
 
 def show(settings):
-    paths, chosen = settings.images, settings.classes
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} is missing")
+    paths, chosen = find_images(settings.images), settings.classes
     network = Network(settings.model, settings.pixel_range, settings.preprocess, settings.output)
     count = len(network.class_names)
     if chosen and (len(chosen) not in (1, len(paths)) or min(chosen) < 0 or max(chosen) >= count):
@@ -47,38 +47,71 @@ def show(settings):
         print(f"{settings.model} gets pixels of 0..255; if it was trained on others, say so: --pixel-range 0 1")
 
     rows = [["file", "class", "score", "probability", "x0", "y0", "x1", "y1"]]  # of boxes.csv
-    for index, (path, name) in enumerate(zip(paths, figure_names(paths), strict=True)):
+    names, table = figure_names(paths), settings.out / "boxes.csv"
+    if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(rows[0])):
+        raise UserError(f"{table} was not written by show.py; give another folder by --out")
+    inputs = {path.resolve() for path in paths}
+    for name in names:
+        if (settings.out / f"{name}.png").resolve() in inputs:
+            raise UserError(f"the figure {settings.out / name}.png would replace an image; give another --out")
+    failed = 0
+    for index, (path, name) in enumerate(zip(paths, names, strict=True)):
         try:
             cams = predict_cams(path, network, settings.top, chosen and [chosen[index % len(chosen)]])
         except UserError as error:
-            raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            message = str(error) if str(path) in str(error) else f"{path}: {error}"
+            if len(paths) == 1:
+                raise UserError(message) from None
+            print(f"show.py: {message}", file=sys.stderr)
+            failed += 1
+            continue
         maps = np.maximum(cams.maps, 0) if settings.relu else cams.maps
         settings.out.mkdir(parents=True, exist_ok=True)
-        file = settings.out / f"{name}.png"
-        draw(file, path.name, cams, maps)
+        figure = settings.out / f"{name}.png"
+        draw(figure, path.name, cams, maps)
         if settings.npy:
-            with atomic_write(file.with_suffix(".npy")) as part, part.open("wb") as npy:
+            with atomic_write(figure.with_suffix(".npy")) as part, part.open("wb") as npy:
                 np.save(npy, maps)
-        print(f"{path} -> {file}")
+        print(f"{path} -> {figure}")
         for c in range(len(cams.classes)):
             box, score, probability = cams.boxes[c], cams.scores[c], cams.probabilities[c]
             where = "box {} {} {} {}".format(*box) if box else "nowhere positive"
             print(f"    {cams.names[c]:<24} S = {score:z8.2f}  P = {probability:6.1%}  {where}")
             rows.append([path, cams.names[c], f"{score:.6g}", f"{probability:.6g}", *(box or [""] * 4)])
         with (
-            atomic_write(settings.out / "boxes.csv") as part,
-            part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as table,
+            atomic_write(table) as part,
+            part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
-            csv.writer(table).writerows(rows)
+            csv.writer(file).writerows(rows)
+
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} images cannot be used")
+
+
+def find_images(arguments):
+    """The paths of the images: files, all images of a folder, and all that match a pattern such as "*.jpg"."""
+    paths = []
+    for path in arguments:
+        matches = sorted(Path().glob(str(path))) if "*" in path.name and not path.is_absolute() else []
+        if path.is_dir():
+            matches = [file for file in sorted(path.iterdir()) if file.name.lower().endswith(SUFFIXES)]
+        elif path.exists():
+            matches = [path]
+        if not matches:
+            raise UserError(f"{path} has no images" if path.is_dir() else f"{path} is missing")
+        paths += matches
+    return paths
 
 
 def figure_names(paths):
     """A name for the figure of each image: cam_NAME, or cam_FOLDER_NAME or cam_FOLDER_NAME_2 if that is taken."""
-    stems, counts, names = Counter(path.stem for path in paths), Counter(), {}
-    for path in paths:
-        name = first = f"cam_{path.stem}"
-        if stems[path.stem] > 1:
-            name = first = f"cam_{path.resolve().parent.name}_{path.stem}"
+    # File systems take names of 255 bytes; a prefix and a suffix are added.
+    short = [path.stem if len(os.fsencode(path.stem)) <= 200 else path.stem[:50] for path in paths]
+    stems, counts, names = Counter(short), Counter(), {}
+    for path, stem in zip(paths, short, strict=True):
+        name = first = f"cam_{stem}"
+        if stems[stem] > 1:
+            name = first = f"cam_{path.resolve().parent.name[:50]}_{stem[:50]}"
         while name in names:
             counts[first] += 1
             name = f"{first}_{counts[first] + 1}"
@@ -101,7 +134,7 @@ def draw(file, title, cams, maps):
 def main(arguments=None):
     parser = ArgumentParser("show.py", __doc__)
     flag = parser.add_argument
-    flag("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    flag("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     text = "saved model, checkpoint of the original, or network of keras.applications (default: %(default)s)"
     flag("--model", default="out/lenet.keras", help=text)
     flag("--top", default=5, type=bounded(1), help="number of top classes to show (default: 5)")

@@ -111,11 +111,16 @@ def load_images(folder, count):
     tarball, img, part = folder / TARBALL, folder / "img", folder / "img.part"
     with tarball.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    with suppress(OSError, ValueError, EOFError):  # not extracted yet, or damaged
-        images = np.load(img / "images.npy", mmap_mode="r")
-        if images.shape[:1] == (count,) and (img / "SHA256").read_text() == checksum:
+    if (images := load_cache(img, count, checksum)) is not None:
+        return images
+    try:
+        lock = acquire_lock(folder / LOCK, wait=True)
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}), and the images must be extracted there once"
+        raise UserError(f"{reason}; copy it, and give the copy by --data") from None
+    with lock:
+        if (images := load_cache(img, count, checksum)) is not None:  # another process has just extracted it
             return images
-    with acquire_lock(folder / LOCK):
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         part.mkdir()
         try:
@@ -128,6 +133,15 @@ def load_images(folder, count):
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return np.load(img / "images.npy", mmap_mode="r")
+
+
+def load_cache(img, count, checksum):
+    """The images that were extracted earlier; None if there are none, or they are damaged or of another tarball."""
+    with suppress(OSError, ValueError, EOFError):
+        images = np.load(img / "images.npy", mmap_mode="r")
+        if images.shape[:1] == (count,) and (img / "SHA256").read_text() == checksum:
+            return images
+    return None
 
 
 class LimitedFile(gzip.GzipFile):

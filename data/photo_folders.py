@@ -22,14 +22,10 @@ from tqdm import tqdm
 from data.archive import File, list_files, printable, read_bytes
 from data.photo_boxes import BOXES_CSV, read_boxes
 from experiment.files import UserError
-from experiment.images import MAX_ASPECT_RATIO, read_picture
+from experiment.images import MAX_ASPECT_RATIO, SUFFIXES, read_picture
 
 TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp"),
-    *(".tif", ".tiff", ".avif", ".ppm", ".pgm"),
-)
 TRAIN = "train", "training", "train_set", "training_set"  # folders of separate sets, in any case
 TEST = "test", "testing", "test_set", "validation", "valid", "val", "validation_set", "val_set"  # the first is taken
 SETS = (

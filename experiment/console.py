@@ -1,5 +1,6 @@
 """What a training run shows on the console: a progress bar on a terminal, a line for each evaluation elsewhere."""
 
+import shutil
 import sys
 import time
 
@@ -13,7 +14,10 @@ class TrainingProgress:
 
     def __init__(self, first, last):
         self.first, self.last, self.started = first, last, time.monotonic()
-        self.bar = tqdm(desc="training", total=last, initial=max(first - 1, 0), unit=" steps", disable=None)
+        width = shutil.get_terminal_size().columns  # 80 where the terminal says 0, for which tqdm shows nothing
+        self.bar = tqdm(
+            desc="training", total=last, initial=max(first - 1, 0), unit=" steps", disable=None, ncols=width
+        )
         self.close = self.bar.close
 
     def advance(self, step):

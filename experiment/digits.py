@@ -6,6 +6,8 @@ import numpy as np
 from PIL import Image
 from skimage import filters, measure, morphology, segmentation, transform
 
+from experiment.files import UserError
+
 DIGIT_SIDE = 20  # pixels: the longer side of an MNIST digit
 MAX_CLUTTER_SIDE = 100  # pixels: the longer side of an image that may have clutter around the digit, as those of data/
 STROKE = 0.1  # of that side: the width of a stroke, at least
@@ -25,16 +27,21 @@ def preprocess_digit(pixels):
 
     Returns:
         (h, w) uint8.
+
+    Raises:
+        UserError: There is no ink.
     """
     grey = without_repeats(np.asarray(Image.fromarray(pixels).convert("L")))
     drawn = grey if np.median(grey) <= 127 else 255 - grey
+    if drawn.max() == 0:
+        raise UserError("no digit is found")
     if np.median(drawn) == 0 and max(grey.shape) <= MAX_CLUTTER_SIDE and not is_large(drawn):
         return drawn
     ink, light = find_ink(pixels)
     mask = find_digit(ink, light)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
-        return np.zeros([max(8, round(length * MAX_CLUTTER_SIDE / max(grey.shape))) for length in grey.shape], np.uint8)
+        raise UserError("no digit is found")
     side = max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1)
     scale = min(DIGIT_SIDE / side, MAX_RESULT_SIDE / max(ink.shape))
     width = mask.sum() / morphology.skeletonize(mask).sum()  # of the strokes
@@ -67,7 +74,7 @@ def find_ink(pixels):
         return (lightest - ground) / (1.2 - ground), np.ones(shape, bool)
     paper = filter_by_square(morphology.closing, darkest, side)
     # With the 0.2, the texture of a dark desk does not count as ink.
-    return (paper - darkest) / (paper + 0.2), paper > filters.threshold_otsu(paper)
+    return (paper - darkest) / (paper + 0.2), paper > filters.threshold_otsu(paper.round(6))
 
 
 def filter_by_square(function, image, side):

@@ -85,6 +85,8 @@ def find_pooling(tensor):
             feature_maps, inner = find_pooling(nested[index])
             if feature_maps is not None:
                 return keras.Model(operation.inputs, feature_maps)(inputs), inner + operations
+        if isinstance(operation, layers.GlobalAveragePooling2D) and inputs[0].shape[1:3] == (1, 1):
+            raise ValueError("its feature maps are 1 x 1, so there is nothing to map; give larger images")
         if len(inputs) > 1:
             raise ValueError(f"layer {operation.name!r}, after the pooling, has {len(inputs)} inputs")
         operations = (inner if nested else [keras.Model(inputs, tensor, name=operation.name)]) + operations

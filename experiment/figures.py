@@ -11,6 +11,7 @@ from experiment.pictures import PICTURE_SIDE, draw_box, fit, on_one_scale, save_
 from experiment.units import get_softmax_weights, largest_terms, unit_model
 
 FIGURES = ("overview.png", "patterns.png", "units.png", "confusion.png")
+SAMPLE_FIGURES = ("image_test.png", "cmap_[0-9]*.png", "evolution.png", "classes.png", "procedure.png")
 STRIP_LENGTH = 6  # maps in a strip
 MAX_CLASSES = 10  # in classes.png, patterns.png and units.png
 EXAMPLES = 8  # images of each class in patterns.png, and of each unit in units.png
@@ -212,7 +213,8 @@ def save_accuracy(path, history):
         if column not in last:
             continue
         known = [row for row in earlier if column in row]  # of photos, some may have no boxes
-        label = f"{title}, all {last['test_images']:,} images: {last[column]:.2%}"
+        count = last["test_images"] if name == "accuracy" else last.get("test_boxed", last["test_images"])
+        label = f"{title}, all {count:,} images: {last[column]:.2%}"
         points = axes.plot(last["images"], 100 * last[column], "D", label=label)
         if known:
             images, values = zip(*((row["images"], 100 * row[column]) for row in known), strict=True)
@@ -235,6 +237,7 @@ def report_classes(out, labels, predicted, class_names):
     confusion = np.zeros((len(class_names), len(class_names)), int)
     np.add.at(confusion, (labels, predicted), 1)
     counts, widest = confusion.sum(axis=1), max(map(len, class_names))
+    titles = [name.replace("$", r"\$") for name in class_names]  # or matplotlib takes it for a formula
     for name, correct, count in zip(class_names, confusion.diagonal(), counts, strict=True):
         if count:
             print(f"    {name:<{widest}}  {correct:,} of {count:,} ({correct / count:.1%})")
@@ -245,8 +248,8 @@ def report_classes(out, labels, predicted, class_names):
     axes.imshow(confusion[shown] / counts[shown, None], "Blues", vmin=0, vmax=1, aspect="auto")
     axes.set(xlabel="predicted", ylabel="true", title="images of each class")
     if len(class_names) <= 60:
-        axes.set_xticks(range(len(class_names)), class_names, rotation=90)
-        axes.set_yticks(range(len(shown)), [class_names[c] for c in shown])
+        axes.set_xticks(range(len(class_names)), titles, rotation=90)
+        axes.set_yticks(range(len(shown)), [titles[c] for c in shown])
         for y, c in enumerate(shown):
             for x in np.flatnonzero(confusion[c]):
                 color = "white" if 2 * confusion[c, x] > counts[c] else "black"

@@ -1,6 +1,7 @@
 """Atomic writes, folder locks, and the error that users can fix."""
 
 import os
+import sys
 import zlib
 from contextlib import contextmanager
 
@@ -37,8 +38,14 @@ def atomic_write(path):
         part.unlink(missing_ok=True)
 
 
-def acquire_lock(path):
+def acquire_lock(path, wait=False):
     """Locks the file `path` for this process, until the returned open file is closed or the process ends.
+
+    Where the file system has no locks, it says so and goes on.
+
+    Args:
+        path: The lock file.
+        wait: Whether to wait for another process that holds the lock.
 
     Raises:
         UserError: Another process holds the lock; the message names that process.
@@ -46,12 +53,14 @@ def acquire_lock(path):
     file = path.open("a+")
     if fcntl:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read()
             file.close()
             raise UserError(f"process {holder} uses {path.parent}; wait for it, or stop it") from None
+        except OSError as error:
+            print(f"{path.parent} cannot be locked ({error.strerror}); use it in one process only", file=sys.stderr)
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()

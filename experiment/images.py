@@ -9,6 +9,10 @@ from skimage import transform
 
 from experiment.files import UserError
 
+SUFFIXES = (  # of the images in a folder
+    *(".jpg", ".jpeg", ".jfif", ".png", ".gif", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".avif", ".ppm", ".pgm"),
+)
 MAX_PICTURE_SIDE = 1024  # pixels of a picture's longer side; a larger one is scaled down
 MAX_PIXELS = 50_000_000  # that are decoded
 MAX_ASPECT_RATIO = 8  # of a picture whose short side is scaled
@@ -26,8 +30,8 @@ def read_picture(source, name=None):
     """Reads a picture; what is transparent becomes white, and more than 8 bits are scaled by their own range.
 
     Args:
-        source: Path of an image file, an open one, or array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4): uint8, or of
-            another type for one grey channel.
+        source: Path of an image file, an open one, a Pillow image, or array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4):
+            uint8, or of another type for one grey channel.
         name: Name of an open file, for messages.
 
     Returns:
@@ -38,16 +42,21 @@ def read_picture(source, name=None):
     """
     name = "the array" if isinstance(source, np.ndarray) else name or source
     try:
+        if isinstance(source, Image.Image):
+            return to_picture(source.copy())
         if isinstance(source, np.ndarray):
-            if source.ndim not in (2, 3):
+            if source.ndim not in (2, 3) or not source.size:
                 raise ValueError(f"its shape is {source.shape}")
-            return to_picture(Image.fromarray(source.squeeze(2) if source.shape[2:] == (1,) else source))
+            source = source.squeeze(2) if source.shape[2:] == (1,) else source
+            if source.ndim == 2 and source.dtype != np.uint8:
+                source = source.astype(np.float32)
+            return to_picture(Image.fromarray(source))
         with Image.open(source) as image:
             return to_picture(image)
     except FileNotFoundError:
         raise UserError(f"{name} is missing") from None
     except UnidentifiedImageError:  # its own message has the memory address of an open file
-        raise UserError(f"{name} is not a readable image (cannot identify image file)") from None
+        raise UserError(f"{name} is not a readable image (cannot identify image file); convert it to PNG") from None
     except Exception as error:  # Pillow raises a dozen kinds for a bad image
         raise UserError(f"{name} is not a readable image ({' '.join(str(error).split())})") from None
 

@@ -26,6 +26,7 @@ from experiment.files import UserError
 METRIC_TITLES = {
     "accuracy": "accuracy",
     "top5_accuracy": "top-5 accuracy",
+    "boxed": "images with true boxes",  # a number, given if it is not that of all images
     "gt_known": "GT-known localization",
     "top1": "top-1 localization",
     "top5": "top-5 localization",
@@ -52,7 +53,8 @@ def evaluate(cam_model, test, all_metrics=False):
         all_metrics: Whether to measure top-5 accuracy, MaxBoxAcc and PxAP, too, which takes longer.
 
     Returns:
-        Metrics by name, each in 0..1; S_c (N, C); list of the N maps M_c of the true classes, (h, w) each.
+        Metrics by name, each in 0..1, but for "boxed"; S_c (N, C); list of the maps M_c of the true classes, (h, w)
+        each.
 
     Raises:
         UserError: A logit is infinite or NaN.
@@ -77,10 +79,11 @@ def evaluate(cam_model, test, all_metrics=False):
             progress.update(len(images))
     logits = np.concatenate(logits)
     true_ranks = ranks(logits, test.labels)
-    metrics = {"accuracy": accuracy(logits, test.labels)}
+    metrics = {"accuracy": float((true_ranks < 1).mean())}
     if all_metrics and logits.shape[1] > 5:
         metrics["top5_accuracy"] = float((true_ranks < 5).mean())
     if measured:
+        metrics |= {"boxed": len(boxed)} if len(boxed) < len(test.labels) else {}
         metrics |= summarize(measured, true_ranks[boxed])
     return metrics, logits, maps
 
@@ -100,19 +103,15 @@ def check_finite(logits):
         raise UserError("the logits are infinite or NaN; train again, with --fresh and a smaller --learning-rate")
 
 
-def accuracy(logits, labels):
-    """Share of images whose true class has the highest logit, of (N, C) and (N,)."""
-    return float((logits.argmax(axis=1) == labels).mean())
-
-
 def ranks(logits, labels):
-    """Number of classes with a higher logit than the true class, for each image: (N,) of (N, C) and (N,)."""
-    return (logits > logits[np.arange(len(labels)), labels, None]).sum(axis=1)
+    """Rank of the true class of each image, 0 the highest: (N,) of (N, C) and (N,). Of equal logits the first wins."""
+    return (np.argsort(-logits, axis=1, kind="stable") == labels[:, None]).argmax(axis=1)
 
 
 def format_metrics(metrics, count):
     """The metrics of `count` test images as lines of text, the accuracy with its standard error."""
-    shown = {name: f"{value:.2f}" if name == "threshold" else f"{value:.2%}" for name, value in metrics.items()}
+    formats = {"threshold": ".2f", "boxed": ","}
+    shown = {name: format(value, formats.get(name, ".2%")) for name, value in metrics.items()}
     lines = [f"    {title:<24}{shown[name]:>8}" for name, title in METRIC_TITLES.items() if name in metrics]
     lines[0] += f" +- {(metrics['accuracy'] * (1 - metrics['accuracy']) / count) ** 0.5:.2%}"
     return "\n".join([f"on all {count:,} test images", *lines])
@@ -126,8 +125,9 @@ def measure_map(class_map, boxes, all_metrics=False):
     of the boxes, (PIXEL_BINS + 1,).
     """
     boxes, mask = np.reshape(boxes, (-1, 4)), np.zeros(class_map.shape, bool)
-    for x0, y0, x1, y1 in np.rint(boxes).astype(int):
-        mask[y0:y1, x0:x1] = True
+    for x0, y0, x1, y1 in boxes:  # a box has at least the pixel at its corner
+        x, y = min(round(x0), mask.shape[1] - 1), min(round(y0), mask.shape[0] - 1)
+        mask[y : max(round(y1), y + 1), x : max(round(x1), x + 1)] = True
     found = np.array(bounding_box(class_map) or (0, 0, 0, 0))
     positive = np.maximum(class_map, 0, dtype=np.float64)
     measured = {

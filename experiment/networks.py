@@ -64,7 +64,8 @@ def reason(path, message):
         if found:
             return found.expand(text)
     kind = "a saved Keras model" if path.suffix.lower() in KERAS_SUFFIXES else "a checkpoint of the original"
-    return f"is not {kind} ({' '.join(message.split())[:200]})"
+    known = "" if path.suffix.lower() in KERAS_SUFFIXES else "; networks are .keras, .h5 or .hdf5 files of Keras"
+    return f"is not {kind} ({' '.join(message.split())[:200]}){known}"
 
 
 def load_tf1_checkpoint(checkpoint):

@@ -33,10 +33,11 @@ def predict_cams(image, network, top=5, classes=None):
         print(cams.names[0], cams.scores[0], cams.boxes[0])
 
     Args:
-        image: Path of an image file; or uint8 array (H, W), (H, W, 1), (H, W, 3), or (H, W, 4) with transparency.
+        image: Path of an image file; Pillow image; or array (H, W) or (H, W, 1), or uint8 (H, W, 3) or, with
+            transparency, (H, W, 4).
         network: A `Network`; or what `Network` takes, which is then loaded in each call.
         top: Number of classes, those with the highest scores.
-        classes: Classes to use instead, 0..C-1.
+        classes: Class or classes to use instead, 0..C-1.
 
     Returns:
         `Cams`, the class with the highest score first, or in the order of `classes`.
@@ -49,15 +50,16 @@ def predict_cams(image, network, top=5, classes=None):
     scores, probabilities, maps = network.predict(picture.pixels)
     if classes is None:
         classes = np.argsort(-scores, kind="stable")[:top]
-    elif min(classes) < 0 or max(classes) >= len(scores):
-        raise UserError(f"a class must be one of 0..{len(scores) - 1}")
+    classes = np.atleast_1d(classes)
+    if classes.dtype.kind not in "iu" or not classes.size or classes.min() < 0 or classes.max() >= len(scores):
+        raise UserError(f"classes must be whole numbers in 0..{len(scores) - 1}")
     height, width = picture.pixels.shape[:2]
     scale = np.array([picture.width / width, picture.height / height] * 2)
     boxes = [bounding_box(upsample(maps[None, :, :, c], height, width)[0]) for c in classes]
     boxes = [box and tuple(np.rint(scale * box).astype(int).tolist()) for box in boxes]
     names = [network.class_names[c] for c in classes]
     maps = np.moveaxis(maps[:, :, classes], 2, 0)
-    return Cams(np.asarray(classes), names, scores[classes], probabilities[classes], maps, boxes, picture)
+    return Cams(classes, names, scores[classes], probabilities[classes], maps, boxes, picture)
 
 
 class Network:
@@ -83,6 +85,8 @@ class Network:
         class_names, self.wordnet_ids, preprocessing = None, None, Preprocessing()
         if isinstance(model, keras.Model):
             self.source = f"model {model.name!r}"
+        elif not isinstance(model, str | Path):
+            raise UserError(f"{type(model)} is not a model of Keras 3, nor a path or a name of one")
         elif Path(model).suffix or Path(model).exists():
             self.source, model = model, networks.load_network(model)
             preprocessing = load_preprocessing(self.source)

@@ -41,6 +41,7 @@ def start():
             import keras
 
             keras.config.set_image_data_format("channels_last")  # whatever keras.json says
+            keras.config.set_floatx("float32")
             keras.ops.zeros(1)  # initializes the devices, and logs those that are missing
     except (ImportError, ValueError) as error:
         print(f"Keras cannot be imported ({error}); see requirements.txt and KERAS_BACKEND", file=sys.stderr)

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiment.checkpoint import CHECKPOINT, PREVIOUS, Checkpoint
 from experiment.console import TrainingProgress
-from experiment.figures import FIGURES, geometric_indices, save_accuracy
+from experiment.figures import FIGURES, SAMPLE_FIGURES, geometric_indices, save_accuracy
 from experiment.files import PART, UserError, acquire_lock, atomic_write, checksum
 from experiment.metrics import METRIC_TITLES, format_metrics
 from experiment.networks import class_names_file, save_network
@@ -70,7 +70,8 @@ class RunFolder:
         """Deletes what a run writes, and nothing else: checkpoints first and settings last, in case of a kill."""
         beside = (class_names_file(self.model_file), preprocessing_file(self.model_file), self.model_file)
         names = [PREVIOUS, CHECKPOINT, HISTORY, LAST, *FIGURES, *PAGES, *(path.name for path in beside)]
-        for pattern in (*names, f"{WEIGHTS}/[0-9]*.npz", "img_[0-9]*/*.png", SETTINGS):
+        names += [f"{WEIGHTS}/[0-9]*.npz", *(f"img_[0-9]*/{name}" for name in SAMPLE_FIGURES)]
+        for pattern in (*names, SETTINGS):
             for path in self.out.glob(pattern):
                 path.unlink()
         for folder in (self.out / WEIGHTS, *self.out.glob("img_[0-9]*")):
@@ -165,6 +166,10 @@ def lock_run_folder(out):
         lock = acquire_lock(out / LOCK)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
+    own = ("lock", "cam_*", "boxes.csv", "confusion.png", "features-*.bin", ".*")  # of show.py, --evaluate, this script
+    files = [path for path in sorted(out.iterdir()) if path.is_file() and not any(map(path.match, own))]
+    if files and not (out / SETTINGS).exists():
+        raise UserError(f"--out {out} has other files, such as {files[0].name}; give an empty folder or a new one")
     folders = [out, *(folder for folder in out.glob("*/") if not (folder / LOCK).exists())]  # not those of other runs
     for folder in folders:
         for part in folder.glob(PART + "*"):

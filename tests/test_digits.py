@@ -17,6 +17,7 @@ from skimage import filters, measure, morphology, transform
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.dataset import load_dataset
 from experiment import digits
+from experiment.files import UserError
 
 SIZE = 450, 600
 PAPER, PEN = (240, 238, 230), (40, 40, 60)
@@ -189,7 +190,8 @@ def test_images_of_mnist_and_of_a_run_stay_as_they_are():
 @pytest.mark.parametrize("value", [0, 100, 255])
 @pytest.mark.parametrize("size", [(1, 1), (28, 28), (200, 300), (3, 1000)])
 def test_nothing_is_found_in_an_empty_picture(size, value):
-    assert digits.preprocess_digit(np.full((*size, 3), value, np.uint8)).max() == 0
+    with pytest.raises(UserError, match="no digit is found"):
+        digits.preprocess_digit(np.full((*size, 3), value, np.uint8))
 
 
 if __name__ == "__main__":
