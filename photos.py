@@ -29,7 +29,7 @@ from data.dataset import Split
 from data.photo_folders import load_all_photos, load_photos, read_photo
 from experiment.features import load_pooled_features, prefetch
 from experiment.figures import report_classes, save_figures
-from experiment.files import checksum
+from experiment.files import UserError, checksum
 from experiment.images import Mapped, random_crop, scale_short_side
 from experiment.metrics import evaluate, format_metrics
 from experiment.networks import load_features, load_torchvision_convolutions
@@ -74,6 +74,9 @@ FIRST_TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes
 
 def train_model(settings):
     set_seed(settings.seed)
+
+    if settings.data.resolve() in settings.out.resolve().parents:
+        raise UserError(f"--out {settings.out} lies in --data; its heatmaps would become photos")
 
     # Archive -> photos, which stay in it until they are needed
     train, test, names, notes = load_photos(settings.data, settings.categories, settings.test_share, settings.fold)

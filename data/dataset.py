@@ -13,6 +13,7 @@ import io
 import re
 import shutil
 import tarfile
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -125,7 +126,8 @@ def load_images(folder, count):
         part.mkdir()
         try:
             extract(tarball, part, count)
-            (part / "SHA256").write_text(checksum)
+            images = np.load(part / "images.npy", mmap_mode="r")
+            (part / "checksums").write_text(f"{checksum} {zlib.crc32(images)}")
             shutil.rmtree(img, ignore_errors=True)
             part.rename(img)
         except BROKEN as error:
@@ -139,7 +141,7 @@ def load_cache(img, count, checksum):
     """The images that were extracted earlier; None if there are none, or they are damaged or of another tarball."""
     with suppress(OSError, ValueError, EOFError):
         images = np.load(img / "images.npy", mmap_mode="r")
-        if images.shape[:1] == (count,) and (img / "SHA256").read_text() == checksum:
+        if images.shape[:1] == (count,) and (img / "checksums").read_text() == f"{checksum} {zlib.crc32(images)}":
             return images
     return None
 

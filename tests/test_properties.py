@@ -58,7 +58,7 @@ def load(files):
             return None
         images, labels, boxes = (np.concatenate(arrays) for arrays in list(zip(*parts, strict=True))[:3])
         pngs = {f"img_{index + 1}.png" for index in range(len(labels))}
-        assert {path.name for path in (folder / "img").iterdir()} == {"SHA256", "images.npy"} | pngs
+        assert {path.name for path in (folder / "img").iterdir()} == {"checksums", "images.npy"} | pngs
         return images, labels, boxes
 
 
