@@ -1,11 +1,15 @@
 """Loading and saving of networks: saved Keras models, checkpoints of the original, `keras.applications`."""
 
+import contextlib
+import json
 import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
+import h5py
 import keras
 import numpy as np
 
@@ -59,6 +63,10 @@ def reason(path, message):
         return "is missing; run mnist.py first" if path.name == "lenet.keras" else "is missing"
     if (path / "saved_model.pb").exists():
         return "is a TensorFlow SavedModel, which does not have the layers; save the Keras model as .keras"
+    version = keras_version(path)
+    if version.startswith("2."):
+        hint = "build the network with Keras 3, load the weights, and save it as .keras"
+        return f"was saved by Keras {version}, and Keras 3 cannot load it; {hint}"
     for pattern, text in REASONS.items():
         found = re.search(pattern, message)
         if found:
@@ -66,6 +74,17 @@ def reason(path, message):
     kind = "a saved Keras model" if path.suffix.lower() in KERAS_SUFFIXES else "a checkpoint of the original"
     known = "" if path.suffix.lower() in KERAS_SUFFIXES else "; networks are .keras, .h5 or .hdf5 files of Keras"
     return f"is not {kind} ({' '.join(message.split())[:200]}){known}"
+
+
+def keras_version(path):
+    """Version of Keras that saved a .keras or .h5 file; "" if the file does not say."""
+    with contextlib.suppress(Exception):  # whatever is raised for a broken or hostile file
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                return str(json.loads(file.read("metadata.json"))["keras_version"])
+        with h5py.File(path) as file:
+            return str(file.attrs["keras_version"])
+    return ""
 
 
 def load_tf1_checkpoint(checkpoint):

@@ -2,10 +2,13 @@
 
 import errno
 import fcntl
+import json
 import shutil
 import threading
+import zipfile
 from types import SimpleNamespace
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -168,6 +171,20 @@ def test_grey_arrays_are_scaled_by_their_own_range(kind):
     np.testing.assert_allclose(found, (ramp - ramp.min()) / (ramp.max() - ramp.min() + 0.0) * 255, atol=1) if (
         kind is not bool
     ) else np.testing.assert_array_equal(found, 255 * ramp)
+
+
+def test_a_network_saved_by_keras_2(tmp_path):
+    layer = {"class_name": "TFOpLambda", "config": {"name": "tf.math.divide", "function": "math.divide"}}
+    config = {"class_name": "Functional", "config": {"name": "net", "layers": [layer]}}
+    with zipfile.ZipFile(tmp_path / "net.keras", "w") as file:
+        file.writestr("metadata.json", json.dumps({"keras_version": "2.15.0"}))
+        file.writestr("config.json", json.dumps(config))
+        file.writestr("model.weights.h5", b"")
+    with h5py.File(tmp_path / "net.h5", "w") as file:
+        file.attrs.update({"keras_version": "2.4.0", "model_config": json.dumps(config)})
+    for name, version in ("net.keras", "2.15.0"), ("net.h5", "2.4.0"):
+        with pytest.raises(UserError, match=f"{name} was saved by Keras {version}, and Keras 3 cannot load it; build"):
+            Network(tmp_path / name)
 
 
 def test_feature_maps_of_one_location():
