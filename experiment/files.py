@@ -53,12 +53,15 @@ def acquire_lock(path, wait=False):
     file = path.open("a+")
     if fcntl:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read()
-            file.close()
-            raise UserError(f"process {holder} uses {path.parent}; wait for it, or stop it") from None
+            if not wait:
+                file.close()
+                raise UserError(f"process {holder} uses {path.parent}; wait for it, or stop it") from None
+            print(f"waiting for process {holder}, which uses {path.parent}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             print(f"{path.parent} cannot be locked ({error.strerror}); use it in one process only", file=sys.stderr)
     file.truncate(0)
