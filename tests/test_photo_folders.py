@@ -86,7 +86,7 @@ def test_what_is_out_of_the_ordinary(tmp_path):
     }
     train, test, names, notes = load_photos(write_tar(tmp_path / "archive.tar", files))
     assert names == ["bike", "mug", "mouse"]
-    unreadable = "(cannot identify image file)"
+    unreadable = "(cannot identify image file; convert it to PNG)"
     assert notes == [
         "other files left out: 1",
         "photos elsewhere left out: 2",

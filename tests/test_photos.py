@@ -282,10 +282,10 @@ def test_a_folder_of_photos_of_ones_own(network, tmp_path):
     rng = np.random.default_rng(3)
     for part, count in (("train", 6), ("val", 2)):
         for name, category in (("discs", "001.disc"), ("squares", "002.square")):
-            (tmp_path / part / name).mkdir(parents=True)
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
             for index in range(count):
-                Image.fromarray(shape(category, rng)[0]).save(tmp_path / part / name / f"photo {index}.jpeg")
-    arguments = ["--data", tmp_path, "--network", network, "--steps", 1, "--batch-size", 4, *SMALL]
+                Image.fromarray(shape(category, rng)[0]).save(tmp_path / "photos" / part / name / f"photo {index}.jpeg")
+    arguments = ["--data", tmp_path / "photos", "--network", network, "--steps", 1, "--batch-size", 4, *SMALL]
     process = call(photos, *arguments, "--out", tmp_path / "out")
     assert process.returncode == 0, process.stderr
     assert "12 training photos, 4 test photos of 2 classes" in process.stdout
