@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.archive import BROKEN
@@ -202,5 +202,6 @@ def decode_png(tarball, index, png):
         if (pixels != pixels[:, :, :1]).any():
             raise ValueError("it has colours; its three channels must be equal")
     except Exception as error:  # Pillow raises a dozen kinds for a bad PNG
-        raise UserError(f"{tarball}: img_{index}.png cannot be used ({error})") from None
+        reason = "it is not a PNG" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{tarball}: img_{index}.png cannot be used ({reason})") from None
     return pixels[:, :, 0]

@@ -109,7 +109,7 @@ COLOURED[5, 5] = 1, 2, 3
     ("image", "name", "says"),
     [
         (np.zeros((20, 31), np.uint8), "img_10.png", "img_10.png has the shape (20, 31); others have (20, 30)"),
-        (b"not a PNG", "img_10.png", "img_10.png cannot be used (cannot identify"),
+        (b"not a PNG", "img_10.png", "img_10.png cannot be used (it is not a PNG)"),
         (png(np.eye(20, 30, dtype=np.uint8))[:50], "img_10.png", "img_10.png cannot be used (image file is truncated"),
         (COLOURED, "img_10.png", "img_10.png cannot be used (it has colours"),
         (np.zeros((20, 30), np.uint16), "img_10.png", "img_10.png cannot be used (it is I;16"),
