@@ -45,6 +45,7 @@ def exact_cam_model(model, output=None):
         feature_maps, operations = find_pooling(model.outputs[names.index(output) if output else 0])
         if feature_maps is None or not operations:
             raise ValueError("it has no feature maps (N, H, W, K) that are pooled")
+        check_whole_image(model)
         logits_and_maps = LogitsAndMaps(operations, name="logits_and_maps")
         logits_and_maps.check()
         images = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
@@ -92,6 +93,18 @@ def find_pooling(tensor):
         operations = (inner if nested else [keras.Model(inputs, tensor, name=operation.name)]) + operations
         tensor = inputs[0]
     return tensor, operations
+
+
+def check_whole_image(model):
+    """Raises a ValueError if a layer crops or pads the images, so that a map would not cover the whole image."""
+    for layer in model._flatten_layers(include_self=False):
+        crops = isinstance(layer, layers.CenterCrop | layers.RandomCrop)
+        if isinstance(layer, layers.Resizing):
+            crops = layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio
+        if isinstance(layer, layers.Cropping2D):  # of images, not of feature maps as in NASNet
+            crops = layer._inbound_nodes[0].input_tensors[0].shape[-1] in (1, 3)
+        if crops:
+            raise ValueError(f"layer {layer.name!r} crops or pads the image, so a map would not fit the image")
 
 
 def without_activation(operation):

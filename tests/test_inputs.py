@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import SMALL, assert_one_line_error, call, contents, rows, write_data
+from keras import layers
 from PIL import Image
 
 import cam
@@ -185,6 +186,31 @@ def test_a_network_saved_by_keras_2(tmp_path):
     for name, version in ("net.keras", "2.15.0"), ("net.h5", "2.4.0"):
         with pytest.raises(UserError, match=f"{name} was saved by Keras {version}, and Keras 3 cannot load it; build"):
             Network(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.CenterCrop(20, 20, name="crop"),
+        layers.RandomCrop(20, 20, name="crop"),
+        layers.Cropping2D(4, name="crop"),
+        layers.Resizing(20, 20, crop_to_aspect_ratio=True, name="crop"),
+        layers.Resizing(20, 20, pad_to_aspect_ratio=True, name="crop"),
+        layers.Resizing(20, 20, name="crop"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_network_that_crops_the_image(layer, nested):
+    images = keras.Input((32, 48, 3))
+    cropped = keras.Sequential([keras.Input((32, 48, 3)), layer])(images) if nested else layer(images)
+    f = layers.Conv2D(8, 3, padding="same")(cropped)
+    f = layers.Cropping2D(1)(layers.ZeroPadding2D(1)(f))  # of feature maps, as in NASNet
+    model = keras.Model(images, layers.Dense(4)(layers.GlobalAveragePooling2D()(f)))
+    if isinstance(layer, layers.Resizing) and not (layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio):
+        to_cam_model(model)
+        return
+    with pytest.raises(UserError, match="layer 'crop' crops or pads the image"):
+        to_cam_model(model)
 
 
 def test_feature_maps_of_one_location():
