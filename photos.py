@@ -75,7 +75,8 @@ FIRST_TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes
 def train_model(settings):
     set_seed(settings.seed)
 
-    if settings.data.resolve() in settings.out.resolve().parents:
+    out = settings.out.resolve()
+    if settings.data.resolve() in (out, *out.parents):
         raise UserError(f"--out {settings.out} lies in --data; its heatmaps would become photos")
 
     # Archive -> photos, which stay in it until they are needed

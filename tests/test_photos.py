@@ -344,6 +344,7 @@ def test_bad_input(archive, network, tmp_path):
         (["--data", archive, "--evaluate", network], ["has no folder with the name of a class of the model: 0, 1, 2"]),
         (["--data", archive, *here, "--network", "alexnet"], ["--short-side must be at least 224 for alexnet"]),
         (["--data", tmp_path, "--out", tmp_path / "out", *SMALL], ["lies in --data"]),
+        (["--data", tmp_path, "--out", tmp_path, *SMALL], ["lies in --data"]),
         (["--data", archive, *here, "--warmup", 0.5], ["--warmup is not a setting of the linear recipe"]),
     ]
     for arguments, parts in cases:
