@@ -196,8 +196,9 @@ def check_settings(out, settings, data):
     for name, value in own.items():
         if value == earlier[name]:
             continue
-        if name == "data_checksum":
-            raise UserError(f"{settings['data']} has changed since {out} was begun: give another --out, or use --fresh")
+        changed = {"data_checksum": settings["data"], "pretrained_checksum": "the pretrained network"}.get(name)
+        if changed:
+            raise UserError(f"{changed} has changed since {out} was begun: give another --out, or use --fresh")
         flag = name if name.isupper() else f"--{name.replace('_', '-')}"
         found = f"{out} holds a run with {flag} {earlier[name]}, not {value}"
         raise UserError(f"{found}: resume it with that, give another --out, or start over with --fresh")

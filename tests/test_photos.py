@@ -301,16 +301,23 @@ def test_a_run_is_not_resumed_with_other_photos(small_run, archive, network):
     arguments = ["--out", out, "--steps", 50, "--network", network, *SMALL]
     other = call(photos, *arguments, "--data", archive, "--test-share", 0.2)
     assert_one_line_error(other, "--test-share None, not 0.2")
-    whole = archive.read_bytes()
+    whole, trained = archive.read_bytes(), network.read_bytes()
     with tarfile.open(archive) as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar}
     try:
+        model = keras.models.load_model(network)
+        model.set_weights([2 * weight for weight in model.get_weights()])
+        model.save(network)
+        process = call(photos, *arguments, "--data", archive)
+        assert_one_line_error(process, f"the pretrained network has changed since {out} was begun", "--fresh")
+        network.write_bytes(trained)
         del files["256_ObjectCategories/001.disc/001_0001.jpg"]
         write_tar(archive, files)
         process = call(photos, *arguments, "--data", archive)
         assert_one_line_error(process, f"{archive} has changed since {out} was begun", "--fresh")
     finally:
         archive.write_bytes(whole)
+        network.write_bytes(trained)
 
 
 @pytest.mark.slow
