@@ -225,4 +225,5 @@ def download(name, make, **options):
     try:
         return make(weights="imagenet", **options)
     except Exception as error:  # of the download: Keras raises a bare Exception
-        raise UserError(f"the weights of {name} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights of {name} cannot be loaded ({reason}); give the file of a network") from None
