@@ -287,3 +287,36 @@ def test_two_first_starts_at_once(tmp_path, random_images, monkeypatch):
     lock.close()
     thread.join(20)
     np.testing.assert_array_equal(extracted[0][0].images[:, :, :, 0], random_images[:7])
+
+
+def test_the_model_exists_even_if_a_figure_fails(small_data, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "overview.png")
+
+    arguments = ["--data", small_data, "--out", tmp_path, "--steps", 2, *SMALL]
+    with monkeypatch.context() as patched:
+        patched.setattr(mnist, "save_figures", fail)
+        assert_one_line_error(call(mnist, *arguments), "No space left on device", "overview.png")
+    model = keras.models.load_model(tmp_path / "lenet.keras")
+    assert not (tmp_path / "accuracy.png").exists()
+    process = call(mnist, *arguments)  # makes the figures, and trains nothing
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "accuracy.png").exists()
+    for found, wanted in zip(keras.models.load_model(tmp_path / "lenet.keras").weights, model.weights, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_kept_weights_give_the_predictions_and_boxes_of_their_step(small_data, tmp_path):
+    arguments = ["--data", small_data, "--out", tmp_path, "--steps", 4, "--precision", "float32", *SMALL]
+    assert call(mnist, *arguments).returncode == 0
+    page = json.loads((tmp_path / "run.js").read_text().removeprefix("run = ").removesuffix(";\n"))
+    _, test = load_dataset(small_data)
+    for step in page["steps"]:
+        model = lenet()
+        with np.load(tmp_path / "weights" / f"{step['step']}.npz") as weights:
+            model.set_weights([weights[weight.path] for weight in model.weights])
+        logits, maps = cam.class_activation_model(model).predict_on_batch(test.images[:4])
+        np.testing.assert_array_equal(logits.argmax(axis=1), step["predicted"])
+        for index, box in enumerate(step["boxes"]):
+            class_map = cam.upsample(maps[index : index + 1, :, :, test.labels[index]], *test.images.shape[1:3])[0]
+            assert cam.bounding_box(class_map) == (box and tuple(box))
