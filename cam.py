@@ -79,16 +79,16 @@ def normalize(maps):
     return ((maps - low) / np.where(high > low, high - low, 1)).astype(np.float32)
 
 
-def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=None):
+def overlay(image, heatmap, colormap="jet", opacity=0.5):
     """Overlays a heatmap on an image; returns RGB (H, W, 3) uint8.
+
+    A grey image is inverted first: a black background would darken the colours.
 
     Args:
         image: (H, W), (H, W, 1) or (H, W, 3) uint8.
         heatmap: (H, W), 0..1: a map upsampled to the size of the image, and normalized.
         colormap: Name of a matplotlib colormap.
         opacity: Opacity of the heatmap, 0..1.
-        invert: Whether to invert the image first. By default grey images are inverted: a black background would darken
-            the colours.
 
     Raises:
         ValueError: The image is not uint8, or the heatmap has values beyond 0..1 or NaN.
@@ -99,7 +99,7 @@ def overlay(image, heatmap, colormap="jet", opacity=0.5, invert=None):
         raise ValueError("the heatmap must have floating-point values in 0..1; see normalize")
     colors = 255 * matplotlib.colormaps[colormap](np.linspace(0, 1, 256, dtype=np.float32))[:, :3]  # (256, 3)
     background = image.reshape(*heatmap.shape, -1).astype(np.float32)  # (H, W, 1 or 3)
-    if invert or (invert is None and background.shape[2] == 1):
+    if background.shape[2] == 1:
         background = 255 - background
     blended = opacity * colors[np.rint(255 * heatmap).astype(np.uint8)] + (1 - opacity) * background  # (H, W, 3)
     return np.rint(blended).astype(np.uint8)

@@ -5,8 +5,8 @@
     python photos.py --data photos --network mine.keras                or any saved Keras network
     python photos.py --data photos --network alexnet --weights alexnet.npz
 
-The linear recipe (section 4 of the paper) keeps a network that was trained on ImageNet as it is, and trains nothing but
-softmax weights on its pooled features. The gap recipe (section 3), for alexnet, trains a new convolution, too.
+The linear recipe (section 4 of the paper) freezes a network that was trained on ImageNet, and trains only softmax
+weights on its pooled features. The gap recipe (section 3), for alexnet, trains a new convolution, too.
 
 archive -> photos -> network -> feature maps -> class activation maps -> heatmaps
 """
@@ -35,7 +35,7 @@ from experiment.metrics import evaluate, format_metrics
 from experiment.networks import load_features, load_torchvision_convolutions
 from experiment.pictures import save_heatmaps, save_images
 from experiment.predict import Network
-from experiment.preprocessing import Preprocessing
+from experiment.preprocessing import Preprocessing, check_inputs, preprocessing_file
 from experiment.run import RunFolder
 from experiment.settings import bounded, fill_in_recipe, make_parser
 from experiment.training import JIT_COMPILE, batch_indices, keep_zero_mean_over_classes, set_seed, warmup_cosine
@@ -44,19 +44,18 @@ from experiment.training import JIT_COMPILE, batch_indices, keep_zero_mean_over_
 SETTINGS = {
     "data": Path("data/256_ObjectCategories.tar"),
     "network": "EfficientNetB0",
+    "short_side": None,  # pixels to which a photo is scaled on its short side; SHORT_SIDE if no file says otherwise
     "label_smoothing": 0.0,
     "out": Path("out/photos"),
     "eval_every": 100,  # steps between two evaluations, each with a heatmap of every sample
     "samples": 30,  # test photos to draw heatmaps of, from the first
     "seed": 0,
 }
-SHORT_SIDE = 256  # pixels to which a photo is scaled on its short side, as ImageNet networks are tested
 RECIPES = {
     "linear": {  # section 4
         "epochs": 40,
         "batch_size": 64,
         "learning_rate": 1e-3,  # of Adam, constant
-        "short_side": SHORT_SIDE,
     },
     "gap": {  # section 3
         "weights": Path("data/alexnet.npz"),
@@ -66,9 +65,9 @@ RECIPES = {
         "warmup": 0.1,  # share of the steps in which the rate rises to its peak; then it falls to 0 along a cosine
         "location_dropout": 0.3,  # ours, not the paper's: share of the locations hidden in a step, see `alexnet`
         "precision": "auto",
-        "short_side": SHORT_SIDE,
     },
 }
+SHORT_SIDE = 256  # as ImageNet networks are tested
 FIRST_TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes all
 
 
@@ -78,6 +77,8 @@ def train_model(settings):
     out = settings.out.resolve()
     if settings.data.resolve() in (out, *out.parents):
         raise UserError(f"--out {settings.out} lies in --data; its heatmaps would become photos")
+    if Path(settings.network).is_file() and out in Path(settings.network).resolve().parents:
+        raise UserError(f"--network {settings.network} lies in --out, where it could be replaced; move one of them")
 
     # Archive -> photos, which stay in it until they are needed
     train, test, names, notes = load_photos(settings.data, settings.categories, settings.test_share, settings.fold)
@@ -94,7 +95,7 @@ def train_model(settings):
     cam_model = cam.class_activation_model(recipe.classifier)
 
     # Test photos; the first ones are evaluated during training, and kept in memory
-    first = max(FIRST_TEST_PHOTOS, settings.samples)
+    first = max(FIRST_TEST_PHOTOS, len(names), settings.samples)  # the classes take turns, so each has one
     test = make_split(test, settings.short_side, lru_cache(first)(recipe.prepare))
     samples = test.first(settings.samples)  # the S photos of the heatmaps
     photos = list(samples.images)  # (H, W, 3) uint8 each
@@ -131,7 +132,7 @@ def train_model(settings):
 
 
 class Linear:
-    """Section 4: a network as it is, and softmax weights that are trained on its pooled features F_k.
+    """Section 4: a frozen network, and softmax weights that are trained on its pooled features F_k.
 
     Attributes:
         preprocessing: `Preprocessing` of the photos.
@@ -140,16 +141,22 @@ class Linear:
     """
 
     def __init__(self, settings, names):
-        self.settings = settings
+        self.settings, path = settings, Path(settings.network)
         self.network, preprocessing = load_features(settings.network)  # photos -> f_k
-        settings.pretrained_checksum = checksum(self.network.get_weights())
-        self.input_shape = self.network.input_shape[1:]
-        if self.input_shape[:2] == (None, None):
+        if settings.short_side:
             preprocessing = preprocessing._replace(short_side=settings.short_side)
+        elif self.network.input_shape[1:3] == (None, None) and not (preprocessing.short_side or preprocessing.digit):
+            preprocessing = preprocessing._replace(short_side=SHORT_SIDE)
+        self.input_shape = check_inputs(settings.network, self.network.inputs, preprocessing)
         if not (preprocessing.preprocess or preprocessing.pixel_range):
+            file = preprocessing_file(path)
+            print(f"{path} gets pixels of 0..255; if it was trained on others, say so in {file}")
             preprocessing = preprocessing._replace(pixel_range=(0, 255))
+        settings.short_side = preprocessing.short_side or SHORT_SIDE  # of the photos as they are shown
+        source = path.read_bytes() if path.is_file() else (settings.network, keras.__version__)
+        settings.pretrained_checksum = checksum([source, preprocessing])
         self.preprocessing = preprocessing
-        self.name = Path(settings.network).stem.lower()
+        self.name = path.stem.lower()
         self.pooling = layers.GlobalAveragePooling2D(dtype="float32", name="gap")
         self.softmax_weights = layers.Dense(len(names), use_bias=False, dtype="float32", name="softmax_weights")
         feature_maps = keras.Input(self.network.output_shape[1:])
@@ -184,7 +191,7 @@ class Linear:
             return pooled[batch, mirrored], train.labels[batch]
 
         to_pooled = keras.Sequential([self.network, self.pooling])
-        key = *train.fingerprint()[0], self.preprocessing, settings.pretrained_checksum
+        key = *train.fingerprint()[0], settings.pretrained_checksum
         pooled = load_pooled_features(settings.out, to_pooled, read, count, key)  # (N, 2, K)
         return map(make_batch, steps)
 
@@ -199,6 +206,7 @@ class Gap:
 
     def __init__(self, settings, names):
         self.settings, self.classes = settings, len(names)
+        settings.short_side = settings.short_side or SHORT_SIDE
         self.preprocessing = Preprocessing(short_side=settings.short_side, pixel_range=(0, 255))
         weights = {} if str(settings.weights) == "none" else load_torchvision_convolutions(settings.weights)
         settings.pretrained_checksum = checksum(weights.values())
@@ -260,7 +268,7 @@ def evaluate_model(settings):
     describe(photos, notes)
     test = make_split(photos, SHORT_SIDE, lambda photo: network.preprocess(read_photo(photo).pixels))
     metrics, logits, _ = evaluate(network, test, all_metrics=True)
-    print(format_metrics(metrics, len(photos.labels)))
+    print(format_metrics(metrics, len(photos.labels), "photos"))
     report_classes(settings.out, photos.labels, logits.argmax(axis=1), network.class_names)
 
 
@@ -280,17 +288,17 @@ def parse_arguments(arguments=None):
     parser.add_argument("--evaluate", metavar="NETWORK", help=text)
     parser.add_argument("--categories", nargs="+", metavar="NAME", help="only these, such as coffee-mug (default: all)")
     text = "share of each class that is the test set (default: its last 10 photos)"
-    parser.add_argument("--test-share", type=bounded(0, 0.9, float), help=text)
+    parser.add_argument("--test-share", type=bounded(0.01, 0.9, float), help=text)
     text = "validate: test on this fifth of the training photos of each class, 1..5, and leave out the test photos"
     parser.add_argument("--fold", type=bounded(1, 5), help=text)
     settings = parser.parse_args(arguments)
     if settings.evaluate:
-        for name in ("categories", "test_share", "fold"):
-            if getattr(settings, name) is not None:
+        for name, value in vars(settings).items():
+            if name not in (*SETTINGS, "evaluate") and value not in (None, False):
                 parser.error(f"--evaluate measures all photos of --data, without --{name.replace('_', '-')}")
         return settings
     fill_in_recipe(parser, settings, "gap" if settings.network == "alexnet" else "linear", RECIPES)
-    if settings.recipe == "gap" and settings.short_side < CROP_SIDE:
+    if settings.recipe == "gap" and settings.short_side and settings.short_side < CROP_SIDE:
         parser.error(f"--short-side must be at least {CROP_SIDE} for alexnet")
     return settings
 

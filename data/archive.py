@@ -1,17 +1,21 @@
-"""Lists and reads the files of a folder, or of a .tar as it is."""
+"""Lists and reads the files of a folder, of a .tar as it is, or of a .tar.gz after it is unpacked to a .tar."""
 
+import gzip
+import os
 import posixpath
+import shutil
 import tarfile
 import unicodedata
 import zlib
-from gzip import BadGzipFile
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment.files import UserError
+from tqdm import tqdm
+
+from experiment.files import UserError, acquire_lock, atomic_write
 
 # What tarfile and gzip raise for a broken archive.
-BROKEN = tarfile.TarError, BadGzipFile, zlib.error, EOFError, RecursionError, ValueError, IndexError, OverflowError
+BROKEN = tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, RecursionError, ValueError, IndexError, OverflowError
 
 
 class File(NamedTuple):
@@ -26,7 +30,7 @@ class File(NamedTuple):
 
 
 def list_files(archive):
-    """Lists a folder or a .tar. Links are followed; in a .tar those to its files.
+    """Lists a folder, a .tar or a .tar.gz. Links are followed; in an archive those to its files.
 
     Returns:
         The files, as `File`s; the names of the folders; the number of links that lead to no file.
@@ -42,21 +46,25 @@ def list_files(archive):
         folders = [name for name, path in paths if path.is_dir()]
         return files, folders, len(paths) - len(files) - len(folders)
     try:
-        with tarfile.open(archive, "r:") as tar:
+        path = unpack(archive)
+        with tarfile.open(path, "r:") as tar:
             members = tar.getmembers()
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError(f"it breaks off after {len(members):,} files")
     except BROKEN as error:
         hint = "unpack an archive of another kind, and give the folder by --data"
-        raise UserError(f"{archive} is not a complete .tar ({error}); {hint}") from None
+        raise UserError(f"{archive} is not a complete .tar or .tar.gz ({error}); {hint}") from None
+    except OSError as error:
+        reason = f"{archive} cannot be read, or unpacked beside itself ({error.strerror})"
+        raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
     files, folders, links = {}, [], {}
     for member in members:
         name = posixpath.normpath(member.name).lstrip("/")
         if name in files:
             raise UserError(f"{archive} has two files {printable(name)}; unpack it, and give the folder by --data")
         if member.isreg():
-            files[name] = File(name, archive, member.offset_data, member.size)
+            files[name] = File(name, path, member.offset_data, member.size)
         elif member.isdir():
             folders.append(name)
         else:
@@ -66,6 +74,24 @@ def list_files(archive):
         files |= {name: file._replace(name=name) for name, file in found.items()}
         links = {name: target for name, target in links.items() if name not in found}  # a link may lead to a link
     return list(files.values()), folders, len(links)
+
+
+def unpack(archive):
+    """Path of the .tar: `archive` itself, or NAME.tar.gz.unpacked.tar, to which NAME.tar.gz is unpacked once."""
+    tar, time = archive.with_name(f"{archive.name}.unpacked.tar"), archive.stat().st_mtime_ns
+    with archive.open("rb") as file:
+        if file.read(2) != b"\x1f\x8b":  # not compressed
+            return archive
+        file.seek(0)
+        with acquire_lock(archive.with_name(f"{archive.name}.lock"), wait=True):
+            if tar.exists() and tar.stat().st_mtime_ns == time:  # unpacked from this archive
+                return tar
+            shown = tqdm.wrapattr(file, "read", archive.stat().st_size, desc=f"unpacking {archive}", disable=None)
+            with shown as packed, gzip.open(packed) as unpacked, atomic_write(tar) as part:
+                with part.open("wb") as target:
+                    shutil.copyfileobj(unpacked, target, 1 << 20)
+                os.utime(part, ns=(time, time))
+    return tar
 
 
 def walk(folder, above=()):

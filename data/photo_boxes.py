@@ -1,7 +1,8 @@
 """Reads the true boxes of photos: half-open, in pixels of the upright photo. A photo can have several.
 
 boxes.csv      lines "file,x0,y0,x1,y1", with that header; `file` is relative to the folder of boxes.csv
-any name.xml   Pascal VOC, for the photo of the same name, beside it or in a folder of annotations
+any name.xml   Pascal VOC, for the photo of the same name, beside it or in a folder of annotations; xmin, ymin, xmax and
+               ymax are taken as half-open
 """
 
 import csv
@@ -18,14 +19,15 @@ BOXES_CSV = "boxes.csv"
 HEADER = ["file", "x0", "y0", "x1", "y1"]
 
 
-def read_boxes(archive, tables, photos, used):
+def read_boxes(archive, tables, photos, used, class_names):
     """Reads all boxes of some photos.
 
     Args:
         archive: Path of the folder or archive, for messages.
         tables: The files boxes.csv and .xml, as `File`s.
         photos: Names of all photos.
-        used: Name -> (`File` with its size, names of its class) of the photos to use.
+        used: Name -> `File`, with its size, of the photos to use.
+        class_names: Name of a photo -> the names of its class.
 
     Returns:
         Name of a photo -> its boxes, (n, 4) float64. Where objects in an .xml have a name of the photo's class, the
@@ -48,7 +50,9 @@ def read_boxes(archive, tables, photos, used):
             if name not in photos:
                 strangers.append(name)
             elif name in used:
-                photo = used[name][0]
+                photo = used[name]
+                if kind is not None and x1 <= photo.width + 1 and y1 <= photo.height + 1:
+                    x1, y1 = min(x1, photo.width), min(y1, photo.height)  # some tools count pixels from 1
                 if not (0 <= x0 < x1 <= photo.width and 0 <= y0 < y1 <= photo.height):
                     size = f"{photo.width} x {photo.height} pixels"
                     raise UserError(f"{where}: no box in {printable(name)}, which has {size}")
@@ -58,7 +62,7 @@ def read_boxes(archive, tables, photos, used):
         raise UserError(f"{archive}: no box belongs to a photo: {names}")
     boxes = {}
     for name, found in objects.items():
-        of_class = [corners for kind, corners in found if kind in (None, *used[name][1])]
+        of_class = [corners for kind, corners in found if kind in (None, *class_names[name])]
         boxes[name] = np.array(of_class or [corners for _, corners in found])
     return boxes, len(strangers)
 

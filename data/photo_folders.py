@@ -94,7 +94,8 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
             photos = sets[""][folder]
             count = TEST_PHOTOS if test_share is None else max(1, round(test_share * len(photos)))
             if len(photos) <= count:
-                raise UserError(f"{archive}: {name} has {len(photos)} usable photos; at least {count + 1} are needed")
+                found = f"{name} has {len(photos)} usable photos; at least {count + 1} are needed"
+                raise UserError(f"{archive}: {found}, or fewer with --test-share 0.2; or choose others by --categories")
             known, new = photos[:-count], photos[-count:]
         if fold:
             if len(known) < FOLDS:
@@ -124,7 +125,7 @@ def load_all_photos(archive, names, wordnet_ids=None):
     sets, titles, tables, notes = find_photos(archive)
     labels = {}
     for folder, title in titles.items():
-        same = [label for label, name in enumerate(names) if name in (folder, title)]
+        same = [label for label, name in enumerate(names) if plain(name) in (plain(folder), plain(title))]
         if wordnet_ids and folder in wordnet_ids:
             same = [wordnet_ids.index(folder)]
         if len(same) > 1:
@@ -133,15 +134,21 @@ def load_all_photos(archive, names, wordnet_ids=None):
         if same:
             labels[folder] = same[0]
     if not labels:
-        raise UserError(f"{archive} has no folder with the name of a class of the model: {some(names)}")
-    other = sum(len(photos) for classes in sets.values() for folder, photos in classes.items() if folder not in labels)
-    add_note(notes, other, "photos of classes that the model does not have")
+        raise UserError(f"{archive} has no folder with the name of a class of the network: {some(names)}")
+    other = [(folder, photo) for classes in sets.values() for folder in classes for photo in classes[folder]]
+    other = [printable(folder) for folder, _ in other if folder not in labels]
+    add_note(notes, len(other), "photos of classes that the network does not have", sorted(set(other)))
     names = {folder: names[label] for folder, label in labels.items()}
     sets, boxes = check_photos(archive, sets, names, tables, notes)
     labelled = [(labels[folder], photo) for classes in sets.values() for folder in classes for photo in classes[folder]]
     if not labelled:
         raise UserError(f"{archive} has no photo that can be used")
     return make_photos(labelled, boxes), notes
+
+
+def plain(name):
+    """A class name in one spelling: "coffee_mug", "Coffee-Mug" and "coffee mug" are the same."""
+    return name.casefold().replace("_", " ").replace("-", " ")
 
 
 def make_photos(labelled, boxes):
@@ -172,7 +179,9 @@ def find_photos(archive):
     found, folders, broken = list_files(archive)
     files = sorted(file for file in found if not is_hidden(file.name))
     photos = [file for file in files if file.name.lower().endswith(SUFFIXES)]
-    tables = [file for file in files if posixpath.basename(file.name) == BOXES_CSV or file.name.endswith(".xml")]
+    tables = [
+        file for file in files if posixpath.basename(file.name) == BOXES_CSV or file.name.lower().endswith(".xml")
+    ]
     if not photos:
         raise UserError(f"{archive} has no photos ({', '.join(SUFFIXES)})")
     notes = []
@@ -183,9 +192,10 @@ def find_photos(archive):
     for which, start in starts.items():
         if which and not sets[which]:
             raise UserError(f"{archive}: {start} has no class folders; {SETS}")
+    add_note(notes, len(photos) - count_photos(sets), "photos outside of the class folders")
+    inside = count_photos(sets)
     sets, names = name_classes(archive, sets)
-    count = sum(len(found) for classes in sets.values() for found in classes.values())
-    add_note(notes, len(photos) - count, "photos elsewhere")
+    add_note(notes, inside - count_photos(sets), "photos not named as in Caltech-256, NNN_0001.jpg,")
     filled = {folder for start in starts.values() for folder in group(start, [*photos, *tables])}
     below = [folder.removeprefix(start) for start in starts.values() for folder in folders if folder.startswith(start)]
     empty = [folder for folder in below if "/" not in folder and folder not in filled and not is_hidden(folder)]
@@ -222,6 +232,10 @@ def group(start, photos):
     return classes
 
 
+def count_photos(sets):
+    return sum(len(photos) for classes in sets.values() for photos in classes.values())
+
+
 def name_classes(archive, sets):
     """Returns the sets, and class folder -> name; in Caltech-256 that has no number, and photos of other names go."""
     numbered = {
@@ -249,8 +263,8 @@ def is_numbered(photo, folder):
 
 
 def is_hidden(name):
-    """Whether a file is what macOS puts beside another, or the like."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    """Whether a file is what macOS or a network drive puts beside another."""
+    return any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/"))
 
 
 def some(names):
@@ -279,20 +293,21 @@ def check_photos(archive, sets, names, tables, notes):
         checked = pool.map(check, [photo for _, photo in chosen])
         checked = list(tqdm(checked, f"checking {archive}", len(chosen), unit=" photos", disable=None))
     unreadable, usable, longer = [], {}, 0
-    for (folder, photo), (width, height, reason) in zip(chosen, checked, strict=True):
+    for (_, photo), (width, height, reason) in zip(chosen, checked, strict=True):
         if reason:
             unreadable.append(reason)
         elif max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             longer += 1
         else:
-            usable[photo.name] = photo._replace(width=width, height=height), (folder, names[folder])
+            usable[photo.name] = photo._replace(width=width, height=height)
     add_note(notes, len(unreadable), "photos that cannot be read", unreadable)
-    add_note(notes, longer, f"photos longer than {MAX_ASPECT_RATIO}:1")
-    boxes, strangers = read_boxes(archive, *tables, usable)
+    add_note(notes, longer, f"photos with an aspect ratio above {MAX_ASPECT_RATIO}:1")
+    class_names = {photo.name: (folder, names[folder]) for folder, photo in chosen}
+    boxes, strangers = read_boxes(archive, *tables, usable, class_names)
     add_note(notes, strangers, "boxes without a photo")
     return {
         which: {
-            folder: [usable[photo.name][0] for photo in classes.get(folder, []) if photo.name in usable]
+            folder: [usable[photo.name] for photo in classes.get(folder, []) if photo.name in usable]
             for folder in names
         }
         for which, classes in sets.items()

@@ -58,13 +58,14 @@ def feature_model(model):
     """The part of a functional or Sequential Keras model from its images to its last feature maps (N, H, W, K).
 
     Raises:
-        ValueError: It has none.
+        ValueError: It has none, or they do not cover the whole image.
     """
     if not known_outputs(model):
         raise ValueError("its layers are not known; it must be functional or Sequential, and built")
     feature_maps, _ = find_pooling(model.outputs[0])
     if feature_maps is None:
         raise ValueError("it has no feature maps (N, H, W, K)")
+    check_whole_image(model)
     return keras.Model(model.inputs[0] if isinstance(model, keras.Sequential) else model.input, feature_maps)
 
 

@@ -12,14 +12,15 @@ from experiment.files import checksum
 def load_pooled_features(out, network, read, count, key):
     """Pooled features F_k of photos, computed, or read from the file that an earlier run has left.
 
-    The file, features-KEY.bin, grows photo by photo: a run that is stopped in between continues where it was.
+    The file, features-KEY.bin, grows photo by photo: a run that is stopped in between continues where it was. Each
+    photo has a checksum; from the first damaged one on, they are computed again.
 
     Args:
         out: Folder of the run.
         network: Model from images to F_k (N, K).
         read: Function from the index of a photo to images that the network takes, (n, h, w, channels).
         count: Number of photos, N.
-        key: What the features depend on: arrays, and other values with a `repr`.
+        key: What the features depend on: a list of values, see `checksum`.
 
     Returns:
         F_k, (N, n, K) float32.
@@ -28,14 +29,18 @@ def load_pooled_features(out, network, read, count, key):
     for other in out.glob("features-*.bin"):
         if other != path:
             other.unlink()
-    row = len(read(0)) * network.output_shape[-1]  # values of a photo
+    row = np.dtype([("pooled", np.float32, (len(read(0)), network.output_shape[-1])), ("checksum", np.uint32)])
+    path.touch()
+    found = np.fromfile(path, row)[:count]  # a part of a photo at the end, which a kill may have left, does not count
+    damaged = (index for index, (pooled, value) in enumerate(found) if checksum([pooled]) != value)
+    done = next(damaged, len(found))
     with path.open("ab") as file:
-        done = file.tell() // (4 * row)
-        file.truncate(done * 4 * row)  # a kill may have left a part of a photo
+        file.truncate(done * row.itemsize)
         inputs = prefetch(read, range(done, count))
         for images in tqdm(inputs, "features", count, initial=done, unit=" photos", disable=None):
-            file.write(np.asarray(network.predict_on_batch(images), np.float32).tobytes())
-    return np.fromfile(path, np.float32).reshape(count, -1, network.output_shape[-1])
+            pooled = np.asarray(network.predict_on_batch(images), np.float32)
+            file.write(np.array((pooled, checksum([pooled])), row).tobytes())
+    return np.fromfile(path, row)["pooled"]
 
 
 def prefetch(make, indices, ahead=4):

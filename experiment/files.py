@@ -71,8 +71,12 @@ def acquire_lock(path, wait=False):
 
 
 def checksum(values):
-    """A checksum of arrays, and of other values by their `repr`."""
+    """A checksum of arrays and bytes, and of other values by their `repr`."""
     value = 0
     for part in values:
-        value = zlib.crc32(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else repr(part).encode(), value)
+        if isinstance(part, np.ndarray):
+            part = np.ascontiguousarray(part)
+        elif not isinstance(part, bytes):
+            part = repr(part).encode()
+        value = zlib.crc32(part, value)
     return value

@@ -99,7 +99,7 @@ def scale_short_side(pixels, side):
     """
     rows, columns = pixels.shape[:2]
     if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
-        raise UserError(f"{columns} x {rows} pixels are too long; crop the image")
+        raise UserError(f"{columns} x {rows} pixels are too elongated; crop the image")
     scale = side / min(rows, columns)
     return resize(pixels, round(scale * rows), round(scale * columns)) if scale != 1 else pixels
 
@@ -128,6 +128,6 @@ class Mapped(Sequence):
 
     def __getitem__(self, index):
         """One of them, or a slice."""
-        return (
-            Mapped(self.function, self.items[index]) if isinstance(index, slice) else self.function(self.items[index])
-        )
+        if isinstance(index, slice):
+            return Mapped(self.function, self.items[index])
+        return self.function(self.items[index])

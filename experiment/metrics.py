@@ -108,13 +108,13 @@ def ranks(logits, labels):
     return (np.argsort(-logits, axis=1, kind="stable") == labels[:, None]).argmax(axis=1)
 
 
-def format_metrics(metrics, count):
-    """The metrics of `count` test images as lines of text, the accuracy with its standard error."""
+def format_metrics(metrics, count, images="test images"):
+    """The metrics of `count` images as lines of text, the accuracy with its standard error."""
     formats = {"threshold": ".2f", "boxed": ","}
     shown = {name: format(value, formats.get(name, ".2%")) for name, value in metrics.items()}
     lines = [f"    {title:<24}{shown[name]:>8}" for name, title in METRIC_TITLES.items() if name in metrics]
     lines[0] += f" +- {(metrics['accuracy'] * (1 - metrics['accuracy']) / count) ** 0.5:.2%}"
-    return "\n".join([f"on all {count:,} test images", *lines])
+    return "\n".join([f"on all {count:,} {images}", *lines])
 
 
 def measure_map(class_map, boxes, all_metrics=False):

@@ -121,7 +121,7 @@ def check_model_fits_data(path, cam_model, shape, classes):
         size = f"{shape[1]} x {shape[0]} pixels and {shape[2]} channel(s)"
         raise UserError(f"{path} must take images of {size}, and have {classes} classes")
     preprocessing = load_preprocessing(path)._replace(digit=False)  # the digits of an experiment are given as they are
-    if preprocessing != Preprocessing() and preprocessing != Preprocessing(pixel_range=[0, 255]):
+    if preprocessing not in (Preprocessing(), Preprocessing(pixel_range=(0, 255))):
         file = preprocessing_file(Path(path))
         raise UserError(f'{file} is not {{"pixel_range": [0, 255]}}, which is how --evaluate prepares images')
 

@@ -11,7 +11,7 @@ from cam import bounding_box, upsample
 from experiment import networks
 from experiment.files import UserError
 from experiment.images import Picture, read_picture
-from experiment.preprocessing import Preprocessing, load_preprocess_input, load_preprocessing, preprocessing_file
+from experiment.preprocessing import Preprocessing, check_inputs, load_preprocess_input, load_preprocessing
 
 
 class Cams(NamedTuple):
@@ -68,8 +68,7 @@ class Network:
     Args:
         model: Keras model; path of a saved one, or of a checkpoint of the original; or name of a network of
             `keras.applications`, such as "ResNet50", with its ImageNet weights and its own preprocessing.
-        pixel_range, preprocess, short_side: The `Preprocessing`, where it shall not be as recorded beside a saved
-            model.
+        pixel_range, preprocess, short_side: Override the `Preprocessing` recorded beside a saved model.
         output: Name of the output, if the model has several.
 
     Attributes:
@@ -107,16 +106,7 @@ class Network:
         self.range_is_known = bool(preprocessing.preprocess or preprocessing.pixel_range)
 
         self.cam_model = networks.to_cam_model(model, output)
-        inputs = self.cam_model.inputs
-        if len(inputs) > 1 or len(inputs[0].shape) != 4 or inputs[0].shape[-1] not in (1, 3):
-            shapes = ", ".join(str(tensor.shape) for tensor in inputs)
-            raise UserError(f"{self.source} takes {shapes}; one image of 1 or 3 channels can be given")
-        self.input_shape = inputs[0].shape[1:]  # (h, w, channels), h and w None if any will do
-        if preprocessing.short_side and self.input_shape[:2] != (None, None):
-            where = "is given" if short_side else f"is in {preprocessing_file(Path(self.source))}"
-            raise UserError(f"{self.source} takes images of a fixed size, but short_side {where}")
-        if preprocessing.preprocess and self.input_shape[2] == 1:
-            raise UserError(f"{self.source} takes grey images; the preprocessing of keras.applications is for colours")
+        self.input_shape = check_inputs(self.source, self.cam_model.inputs, preprocessing)
         self.activation = self.cam_model.get_layer("logits_and_maps").activation
         count = self.cam_model.output_shape[0][-1]
         self.is_binary = count == 1 and self.activation in ("linear", "sigmoid")

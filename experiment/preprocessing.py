@@ -1,4 +1,4 @@
-"""How a network takes its images, and the file beside a saved network that says so."""
+"""How images are prepared for a network, and the file beside a saved network that says so."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
 
 
 class Preprocessing(NamedTuple):
-    """How a network takes its images."""
+    """How images are prepared for a network."""
 
     digit: bool = False  # as a digit, light on black, 20 pixels high, see `digits.preprocess_digit`
     short_side: int | None = None  # pixels to which the short side is scaled
@@ -46,6 +46,33 @@ class Preprocessing(NamedTuple):
             return load_preprocess_input(self.preprocess)(pixels)
         low, high = self.pixel_range or (0, 255)
         return low + (high - low) / 255 * pixels
+
+
+def check_inputs(source, inputs, preprocessing):
+    """Checks that a network takes one image, and takes it as its `Preprocessing` says.
+
+    Args:
+        source: Name of the network, for messages.
+        inputs: Its input tensors.
+        preprocessing: Its `Preprocessing`.
+
+    Returns:
+        The shape of the image, (h, w, channels); h and w are None if any will do.
+
+    Raises:
+        UserError: The network takes something else.
+    """
+    if len(inputs) > 1 or len(inputs[0].shape) != 4 or inputs[0].shape[-1] not in (1, 3):
+        shapes = ", ".join(str(tensor.shape) for tensor in inputs)
+        raise UserError(f"{source} takes {shapes}; one image of 1 or 3 channels can be given")
+    shape = inputs[0].shape[1:]
+    if preprocessing.short_side and shape[:2] != (None, None):
+        raise UserError(f"{source} takes images of a fixed size; short_side is for networks that take any size")
+    if preprocessing.short_side and preprocessing.digit:
+        raise UserError(f"{source} takes digits, which are scaled by their own size; short_side is for photos")
+    if preprocessing.preprocess and shape[2] == 1:
+        raise UserError(f"{source} takes grey images; the preprocessing of keras.applications is for colours")
+    return shape
 
 
 def load_preprocess_input(module):
@@ -81,9 +108,12 @@ def load_preprocessing(path):
         return Preprocessing()
     try:
         preprocessing = Preprocessing(**json.loads(file.read_text(encoding="utf-8-sig")))
-        low, high = map(float, preprocessing.pixel_range or (0, 255))
+        if preprocessing.pixel_range is not None:
+            low, high = map(float, preprocessing.pixel_range)
+            preprocessing = preprocessing._replace(pixel_range=(low, high))
         short_side = 1 if preprocessing.short_side is None else preprocessing.short_side
-        if not (isinstance(preprocessing.digit, bool) and low < high and 1 <= short_side <= 10_000):
+        good = isinstance(preprocessing.digit, bool) and type(short_side) is int and 1 <= short_side <= 10_000
+        if not good or (preprocessing.pixel_range and low >= high):
             raise ValueError(preprocessing)
     except (ValueError, TypeError):
         example = '{"digit": true}, {"preprocess": "resnet"} or {"short_side": 256, "pixel_range": [0, 1]}'

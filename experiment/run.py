@@ -62,7 +62,7 @@ class RunFolder:
             self.step, self.history, self.losses = (progress[name] for name in ("step", "history", "losses"))
         self.finished = self.step == settings.steps and self.model_file.exists() and (self.out / LAST).exists()
         if self.finished:
-            print(f"{self.out} holds this run, finished; --fresh deletes it and starts over")
+            print(f"{self.out} already holds this finished run; --fresh deletes it and starts over")
         elif progress:
             print(f"resuming after step {self.step:,}", flush=True)
 

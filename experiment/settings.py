@@ -41,7 +41,8 @@ FLAGS = {
     "epochs": (bounded(1), "passes through the training images, an alternative to --steps"),
     "batch_size": (bounded(1), "training images per step"),
     "order": (("shuffled", "file"), "order of the training images"),
-    "short_side": (bounded(1, 4096), "pixels to which a photo is scaled on its short side"),
+    # A picture is read at up to 1,024 pixels (`images.MAX_PICTURE_SIDE`), so a photo of 4:3 has 768 on its short side.
+    "short_side": (bounded(1, 768), "pixels of a photo's short side (default: as recorded beside the network, or 256)"),
     "learning_rate": (bounded(0, kind=float), "learning rate, at its peak"),
     "warmup": (bounded(0, 1, float), "share of the steps in which the learning rate rises"),
     "beta_2": (bounded(0, 0.9999, float), "Adam beta_2"),
@@ -68,11 +69,11 @@ def make_parser(script, description, settings, recipes):
     length = parser.add_mutually_exclusive_group()
     for name, (kind, text) in FLAGS.items():
         defaults = {recipe: values[name] for recipe, values in recipes.items() if name in values}
-        if name in settings:
+        if settings.get(name) is not None:
             text += f" (default: {settings[name]})"
         elif defaults:
             text += f" ({', '.join(f'{recipe}: {value}' for recipe, value in defaults.items())})"
-        elif name not in ("steps", "epochs"):
+        elif name not in ("steps", "epochs", *settings):
             continue
         options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         flag = (length if name in ("steps", "epochs") else parser).add_argument

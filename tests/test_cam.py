@@ -114,8 +114,8 @@ def test_overlay_blends_the_inverted_image_with_the_colormap():
     np.testing.assert_array_equal(cam.overlay(image, heatmap, opacity=0)[0], [[255] * 3, [0] * 3, [155] * 3])
     np.testing.assert_array_equal(cam.overlay(image, heatmap, "gray", opacity=1)[0], [[0] * 3, [255] * 3, [128] * 3])
     np.testing.assert_array_equal(cam.overlay(image[..., None], heatmap), picture)
-    np.testing.assert_array_equal(cam.overlay(color, heatmap, invert=True), picture)
-    # An image in colour is not inverted unless that is asked for.
+    # An image in colour is not inverted.
+    np.testing.assert_array_equal(cam.overlay(255 - color, heatmap), picture)
     np.testing.assert_array_equal(cam.overlay(color, heatmap, opacity=0)[0], color[0])
 
 

@@ -109,7 +109,7 @@ def test_a_run_is_not_resumed_on_other_data_or_another_backend(tmp_path, monkeyp
     first = images[:30], labels[:30], boxes[:30]
     assert start(*first).returncode == 0
     before = contents(out)
-    assert "holds this run, finished; --fresh" in start(*first).stdout
+    assert "already holds this finished run; --fresh" in start(*first).stdout
     for other in (
         (np.roll(images[:30], 1, axis=0), labels[:30], boxes[:30]),
         (images[:30], np.roll(labels[:30], 1), boxes[:30]),

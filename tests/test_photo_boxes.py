@@ -53,7 +53,7 @@ def test_pascal_voc_boxes(tmp_path):
     files = {f"pets/{name}/{k}.png": shade(k) for name in ("cats", "dogs") for k in (1, 2)} | {
         "pets/cats/cat.png": shade(1),
         "pets/cats/1.xml": voc(("", 1, 2, 3, 4.5), ("tree", 5, 6, 7, 8)),  # beside the photo
-        "annots/cat.xml": voc(("tree", 5, 6, 7, 8), ("cats", 1, 2, 40, 30)),  # the only photo with that name
+        "annots/cat.xml": voc(("tree", 5, 6, 7, 8), ("cats", 1, 2, 41, 31)),  # the only photo with that name
         "annots/dogs/1.xml": voc(("dog", 0, 0, 2, 2)),  # two photos, but one folder of the same name
         "annots/2.xml": voc(("cat", 0, 0, 2, 2)),  # of cats or of dogs?
         "settings.xml": b"<settings/>",  # of something else
@@ -76,7 +76,7 @@ def test_pascal_voc_boxes(tmp_path):
         ("a.xml", b"<annotation>", "pets/a.xml: no element found"),
         ("a.xml", voc(("cat", 1, 2, "x", 4)), "pets/a.xml: could not convert string to float: 'x'"),
         ("a.xml", voc(("cat", 1, 2, "", 4)), "pets/a.xml: could not convert string to float: ''"),
-        ("cats no 12.xml", voc(("cat", 1, 2, 41, 4)), "no box in pets/cats/cats no 12.PNG, which has 40 x 30 pixels"),
+        ("cats no 12.xml", voc(("cat", 1, 2, 42, 4)), "no box in pets/cats/cats no 12.PNG, which has 40 x 30 pixels"),
         ("cats no 12.xml", voc(("cat", 0, 0.5, 1, 1)), "cats no 12.xml: all values are in 0..1; boxes are in pixels"),
         ("boxes.csv", b"file,x0,y0,x1,y1\nb,0,0,.5,1\n", "boxes.csv: all values are in 0..1"),
         ("boxes.csv", b"file,x0,y0,x1,y1\nb,0,0,5,1\n", "boxes of pets/b, and photos such as pets/cats/cats no 00.PNG"),

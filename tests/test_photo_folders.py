@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -89,10 +90,10 @@ def test_what_is_out_of_the_ordinary(tmp_path):
     unreadable = "(cannot identify image file; convert it to PNG)"
     assert notes == [
         "other files left out: 1",
-        "photos elsewhere left out: 2",
+        "photos not named as in Caltech-256, NNN_0001.jpg, left out: 2",
         f"photos that cannot be read left out: 4: {bike}15.jpg {unreadable}, {bike}16.jpg (image file is "
         f"truncated (3 bytes not processed)), {bike}17.jpg {unreadable}, ...",
-        "photos longer than 8:1 left out: 1",
+        "photos with an aspect ratio above 8:1 left out: 1",
     ]
     assert len(train.files) + len(test.files) == len(FILES) + 2
 
@@ -159,10 +160,17 @@ def shade(value, size=(40, 30)):
 
 PETS = {f"pets/{name}/{name} no {index:02}.PNG": shade(index) for name in ("cats", "dogs") for index in range(13)}
 JUNK = {"pets/.DS_Store": b"1", "pets/cats/._cats no 01.png": shade(1), "__MACOSX/cats/a.png": shade(1)}
-JUNK |= {"pets/README.txt": b"pets"}
+JUNK |= {"pets/README.txt": b"pets", "pets/@eaDir/cats.png/small.jpg": shade(1), "pets/cats/3.XML": b"<settings/>"}
 
 
-@pytest.mark.parametrize("write", [write_tar, write_folder])
+def write_tar_gz(path, files):
+    tar = write_tar(path.with_name("pets.part"), files)
+    path.write_bytes(gzip.compress(tar.read_bytes()))
+    tar.unlink()
+    return path
+
+
+@pytest.mark.parametrize("write", [write_tar, write_tar_gz, write_folder])
 @pytest.mark.parametrize("root", ["pets/", "", "a/b/"])
 def test_a_folder_for_each_class(write, root, tmp_path):
     files = {name.replace("pets/", root): content for name, content in (PETS | JUNK).items()}
@@ -171,11 +179,45 @@ def test_a_folder_for_each_class(write, root, tmp_path):
     archive = write(tmp_path / "pets", files)
     train, test, names, notes = load_photos(archive)
     assert names == ["cats", "dogs"]
-    assert notes == ["other files left out: 4", "photos elsewhere left out: 1"]
+    assert notes == ["other files left out: 5", "photos outside of the class folders left out: 1"]
     assert names_of(train) == [f"cats no {k:02}.PNG" for k in range(3)] + [f"dogs no {k:02}.PNG" for k in range(4)]
     assert names_of(test)[-2:] == ["cats no 12.PNG", "deeper.jpg"]
     assert test.labels.tolist() == 10 * [0, 1]
     assert train.boxes is None
+
+
+def test_a_tar_gz_is_unpacked_once_and_again_if_it_is_replaced(tmp_path):
+    path = write_tar_gz(tmp_path / "pets.tar.gz", PETS)
+    tar = tmp_path / "pets.tar.gz.unpacked.tar"
+    load_photos(path)
+    time = path.stat().st_mtime_ns
+    write_tar(tar, PETS | {"pets/cats/x.png": shade(1)})
+    os.utime(tar, ns=(time, time))
+    assert len(load_photos(path)[0].files) == 7  # the unpacked copy is used
+    write_tar_gz(path, PETS | {"pets/cats/x.png": shade(1), "pets/cats/y.png": shade(1)})
+    os.utime(path, ns=(time - 10**9, time - 10**9))  # by an older one
+    assert len(load_photos(path)[0].files) == 8
+
+
+def test_a_tar_gz_that_cannot_be_unpacked(tmp_path):
+    path = write_tar_gz(tmp_path / "pets.tar.gz", PETS)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40] + bytes(4) + whole[-36:])
+    assert_refused(r"pets\.tar\.gz is not a complete \.tar or \.tar\.gz", path)
+    path.write_bytes(whole)
+    (tmp_path / "pets.tar.gz.lock").unlink()
+    (tmp_path / "pets.tar.gz.lock").mkdir()
+    assert_refused(r"pets\.tar\.gz cannot be .*unpacked beside itself \(Is a directory\); unpack it elsewhere", path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pets.tar.gz", "pets.tar.gz.lock"]
+
+
+def test_a_tar_beside_a_tar_gz_stays_as_it_is(tmp_path):
+    write_tar_gz(tmp_path / "pets.tar.gz", PETS)
+    (tmp_path / "pets.tar").write_bytes(b"of the user")
+    (tmp_path / "renamed.tar").write_bytes((tmp_path / "pets.tar.gz").read_bytes())
+    for name in ("pets.tar.gz", "renamed.tar"):  # whatever its name, it is a .tar.gz
+        assert len(load_photos(tmp_path / name)[0].labels) == 6
+    assert (tmp_path / "pets.tar").read_bytes() == b"of the user"
 
 
 def test_links_in_a_tar(tmp_path):
@@ -228,7 +270,7 @@ def test_a_training_and_a_test_set_are_taken_as_they_are(folders, tmp_path):
     files |= {f"pets/{test_name}/dogs/{k}.png": shade(k) for k in range(2)} | {"pets/old/dogs/1.png": shade(1)}
     train, test, names, notes = load_photos(write_folder(tmp_path / "data", files))
     assert (names, train.labels.tolist(), test.labels.tolist()) == (["cats", "dogs"], [0, 0, 0, 1, 1, 1], [1, 1])
-    assert notes == ["photos elsewhere left out: 1"]
+    assert notes == ["photos outside of the class folders left out: 1"]
     assert_refused("--test-share is for data without one", tmp_path / "data", test_share=0.5)
     write_folder(tmp_path / "data", {f"pets/{test_name}/emus/1.png": shade(1)})
     assert_refused("emus is in the test set, but not in the training set", tmp_path / "data")
@@ -237,7 +279,7 @@ def test_a_training_and_a_test_set_are_taken_as_they_are(folders, tmp_path):
 def test_of_a_validation_and_a_test_set_the_test_set_is_taken(tmp_path):
     files = {f"{part}/{name}/{part}.png": shade(1) for part in ("test", "train", "val") for name in ("cats", "dogs")}
     _, test, _, notes = load_photos(write_folder(tmp_path / "data", files))
-    assert (names_of(test), notes) == (["test.png"] * 2, ["photos elsewhere left out: 2"])
+    assert (names_of(test), notes) == (["test.png"] * 2, ["photos outside of the class folders left out: 2"])
 
 
 @pytest.mark.parametrize(
@@ -313,12 +355,14 @@ def test_all_photos_of_the_classes_of_a_model(tmp_path):
     tar = write_tar(tmp_path / "pets.tar", PETS)
     photos, notes = load_all_photos(tar, ["emus", "dogs"])
     assert photos.labels.tolist() == [1] * 13
-    assert notes == ["photos of classes that the model does not have left out: 13"]
-    with pytest.raises(UserError, match=r"no folder with the name of a class of the model: 0, .* 8, 9, \.\.\.$"):
+    assert notes == ["photos of classes that the network does not have left out: 13: cats"]
+    with pytest.raises(UserError, match=r"no folder with the name of a class of the network: 0, .* 8, 9, \.\.\.$"):
         load_all_photos(tar, list(map(str, range(1000))))
     names, wordnet_ids = ["crane", "emu", "crane"], ["n02012849", "n01518878", "n03126707"]
     cranes = write_tar(tmp_path / "cranes.tar", {f"{folder}/1.png": shade(1) for folder in ("emu", "n03126707")})
     assert load_all_photos(cranes, names, wordnet_ids)[0].labels.tolist() == [1, 2]
+    mugs = write_tar(tmp_path / "mugs.tar", {f"{folder}/1.png": shade(1) for folder in ("Coffee-Mug", "tea pot")})
+    assert load_all_photos(mugs, ["coffee_mug", "tea_pot"])[0].labels.tolist() == [0, 1]
     write_tar(cranes, {"crane/1.png": shade(1)})
     with pytest.raises(UserError, match="2 classes are named crane; name the folder n02012849 or n03126707"):
         load_all_photos(cranes, names, wordnet_ids)

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import tarfile
+import zlib
 from types import SimpleNamespace
 
 import keras
@@ -21,10 +22,13 @@ import show
 from cam import class_activation_model, normalize, overlay, upsample
 from data.photo_folders import load_photos, read_photo
 from experiment.features import load_pooled_features, prefetch
+from experiment.files import UserError
 from experiment.predict import Network, predict_cams
+from experiment.preprocessing import Preprocessing
 
 SHAPES = {"001.disc": (220, 40, 40), "002.square": (40, 60, 220), "003.stripes": (30, 200, 60)}
-SMALL = ["--eval-every", 20, "--samples", 4, "--short-side", 64, "--learning-rate", 0.01]
+SIZE = ["--short-side", 64]
+SMALL = ["--eval-every", 20, "--samples", 4, *SIZE, "--learning-rate", 0.01]
 GAP = ["--network", "alexnet", "--weights", "none", "--batch-size", 4, "--eval-every", 2, "--samples", 4]
 
 
@@ -57,10 +61,10 @@ def archive(tmp_path_factory):
     return write_tar(tmp_path_factory.mktemp("photos") / "shapes.tar", files)
 
 
-def small_network(size=(None, None)):
+def small_network(size=(None, None), channels=3):
     """A network with random weights, of five classes, which takes pixels of -1..1."""
     keras.utils.set_random_seed(1)
-    images = keras.Input((*size, 3))
+    images = keras.Input((*size, channels))
     x = layers.Conv2D(32, 5, 4, activation="relu", padding="same")(images)
     x = layers.Conv2D(64, 3, 2, activation="relu", padding="same")(x)
     return keras.Model(images, layers.Dense(5)(layers.GlobalAveragePooling2D()(x)))
@@ -171,7 +175,7 @@ def test_a_finished_run_stays_as_it_is(small_run, archive, network):
     before = (out / "small.keras").read_bytes()
     process = call(photos, "--data", archive, "--network", network, "--out", out, "--steps", 50, *SMALL)
     assert process.returncode == 0
-    assert "finished; --fresh deletes it" in process.stdout
+    assert "finished run; --fresh deletes it" in process.stdout
     assert (out / "small.keras").read_bytes() == before
 
 
@@ -181,7 +185,8 @@ def test_a_run_continues_bit_for_bit_and_its_features_are_used_again(small_run, 
     shutil.copytree(out, copy)
     (features,) = copy.glob("features-*.bin")
     whole = features.read_bytes()
-    assert len(whole) == 66 * 2 * 64 * 4
+    row = 2 * 64 * 4 + 4  # F_k of a photo and of its mirror image, and a checksum
+    assert len(whole) == 66 * row
     features.write_bytes(whole[:-700])  # as if the run had been killed in the middle of a photo
     (copy / "small.keras").unlink()
     (copy / "checkpoint.previous.npz").replace(copy / "checkpoint.npz")
@@ -190,10 +195,11 @@ def test_a_run_continues_bit_for_bit_and_its_features_are_used_again(small_run, 
     models = [keras.models.load_model(folder / "small.keras") for folder in (out, copy)]
     for found, wanted in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    assert features.read_bytes()[: 65 * 512] == whole[: 65 * 512]
+    assert features.read_bytes()[: 65 * row] == whole[: 65 * row]
     # They are kept by --fresh, used with other settings, and computed again for another network or size.
     marked = bytearray(whole)
-    marked[0] ^= 1
+    marked[: row - 4] = bytes(row - 4)
+    marked[row - 4 : row] = zlib.crc32(bytes(row - 4)).to_bytes(4, sys.byteorder)
     features.write_bytes(marked)
     arguments = ["--data", archive, "--out", copy, "--steps", 1, "--samples", 1, "--fresh"]
     assert call(photos, *arguments, "--network", network, "--short-side", 64, "--seed", 3).returncode == 0
@@ -205,9 +211,85 @@ def test_a_run_continues_bit_for_bit_and_its_features_are_used_again(small_run, 
 def test_pooled_features_are_those_of_the_network(tmp_path):
     model = keras.Sequential([small_network(), layers.Softmax()])
     images = [np.random.default_rng(index).normal(size=(2, 20 + index, 30, 3)) for index in range(5)]
-    found = load_pooled_features(tmp_path, model, images.__getitem__, 5, ["a", np.arange(3)])
+
+    def load(read):
+        return load_pooled_features(tmp_path, model, read, 5, ["a", np.arange(3)])
+
+    def read_again(index):
+        computed.append(index)
+        return images[index]
+
+    found = load(images.__getitem__)
     for pooled, batch in zip(found, images, strict=True):
         np.testing.assert_allclose(pooled, model(batch), rtol=1e-5)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    zeros = whole[: len(whole) // 2] + bytes(9) + whole[len(whole) // 2 + 9 :]
+    for content, wanted in (whole, []), (zeros, [2, 3, 4]), (whole[:-1], [4]), (whole + whole, []), (b"1", [*range(5)]):
+        computed = []
+        file.write_bytes(content)
+        np.testing.assert_allclose(load(read_again), found, rtol=1e-5)
+        assert computed[1:] == wanted  # the first is read for its shape
+        assert len(file.read_bytes()) == len(whole)
+
+
+def linear(network, images_json="{}", short_side=None):
+    """`photos.Linear` on a saved network, with the file beside it."""
+    network.with_name(f"{network.stem}_images.json").write_text(images_json)
+    return photos.Linear(linear_settings(network, short_side), ["a", "b"])
+
+
+def linear_settings(network, short_side=None):
+    return SimpleNamespace(network=str(network), short_side=short_side, learning_rate=0.1, label_smoothing=0)
+
+
+def test_how_a_network_takes_photos(tmp_path, capsys):
+    small_network().save(tmp_path / "any.keras")
+    small_network((48, 64)).save(tmp_path / "fixed.keras")
+    any_size, fixed = tmp_path / "any.keras", tmp_path / "fixed.keras"
+    assert linear(any_size).preprocessing == Preprocessing(short_side=256, pixel_range=(0, 255))
+    assert "any.keras gets pixels of 0..255; if it was trained on others, say so in" in capsys.readouterr().out
+    recorded = '{"short_side": 90, "pixel_range": [0, 1]}'
+    assert linear(any_size, recorded).preprocessing == Preprocessing(short_side=90, pixel_range=(0, 1))
+    assert linear(any_size, recorded, 64).preprocessing == Preprocessing(short_side=64, pixel_range=(0, 1))
+    assert linear(fixed, '{"preprocess": "resnet"}').preprocessing == Preprocessing(preprocess="resnet")
+    assert linear(any_size, '{"digit": true}').preprocessing == Preprocessing(digit=True, pixel_range=(0, 255))
+    assert capsys.readouterr().out.count("pixels of 0..255") == 1
+
+
+def test_networks_and_settings_that_do_not_fit(tmp_path):
+    two = [keras.Input((32, 32, 3)), keras.Input((32, 32, 3))]
+    pooled = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3)(layers.Add()(two)))
+    cropped = layers.Conv2D(8, 3)(layers.CenterCrop(16, 16)(two[0]))
+    networks = {
+        "two": (keras.Model(two, layers.Dense(2)(pooled)), "{}", None, "one image of 1 or 3 channels"),
+        "deep": (small_network(channels=4), "{}", None, "one image of 1 or 3 channels"),
+        "grey": (small_network(channels=1), '{"preprocess": "resnet"}', None, "takes grey images"),
+        "fixed": (small_network((48, 64)), "{}", 64, "takes images of a fixed size; short_side"),
+        "digit": (small_network(), '{"digit": true}', 64, "takes digits, which are scaled by their own size"),
+        "crop": (
+            keras.Model(two[0], layers.Dense(2)(layers.GlobalAveragePooling2D()(cropped))),
+            "{}",
+            None,
+            "center_crop",
+        ),
+    }
+    for name, (network, images_json, short_side, message) in networks.items():
+        network.save(tmp_path / f"{name}.keras")
+        with pytest.raises(UserError, match=message):
+            linear(tmp_path / f"{name}.keras", images_json, short_side)
+
+
+def test_features_depend_on_all_of_the_network(tmp_path):
+    """Two networks of equal weights, but another rescaling."""
+    found = set()
+    for scale in 1 / 255, 1 / 127.5:
+        images = keras.Input((None, None, 3))
+        keras.Model(images, small_network()(layers.Rescaling(scale)(images))).save(tmp_path / "net.keras")
+        settings = linear_settings(tmp_path / "net.keras")
+        photos.Linear(settings, ["a", "b"])
+        found.add(settings.pretrained_checksum)
+    assert len(found) == 2
 
 
 @pytest.mark.slow
@@ -229,7 +311,8 @@ def test_any_network(size, archive, tmp_path, monkeypatch):
         monkeypatch.setattr(keras.applications, "ResNet50", make)
         name = "ResNet50"
     out = tmp_path / "out"
-    process = call(photos, "--data", archive, "--network", name, "--out", out, "--steps", 3, *SMALL[:-2])
+    arguments = ["--data", archive, "--network", name, "--out", out, "--steps", 3, "--samples", 4]
+    process = call(photos, *arguments, *([] if size else SIZE))
     assert process.returncode == 0, process.stderr
     wanted = {"pixel_range": [0, 255]} if size else {"short_side": 64, "preprocess": "resnet50"}
     (file,) = out.glob("*_images.json")
@@ -302,6 +385,8 @@ def test_a_run_is_not_resumed_with_other_photos(small_run, archive, network):
     other = call(photos, *arguments, "--data", archive, "--test-share", 0.2)
     assert_one_line_error(other, "--test-share None, not 0.2")
     whole, trained = archive.read_bytes(), network.read_bytes()
+    images_json = network.with_name("Small_images.json")
+    images = images_json.read_text()
     with tarfile.open(archive) as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar}
     try:
@@ -311,6 +396,10 @@ def test_a_run_is_not_resumed_with_other_photos(small_run, archive, network):
         process = call(photos, *arguments, "--data", archive)
         assert_one_line_error(process, f"the pretrained network has changed since {out} was begun", "--fresh")
         network.write_bytes(trained)
+        images_json.write_text('{"pixel_range": [0, 1]}')
+        process = call(photos, *arguments, "--data", archive)
+        assert_one_line_error(process, f"the pretrained network has changed since {out} was begun", "--fresh")
+        images_json.write_text(images)
         del files["256_ObjectCategories/001.disc/001_0001.jpg"]
         write_tar(archive, files)
         process = call(photos, *arguments, "--data", archive)
@@ -318,6 +407,7 @@ def test_a_run_is_not_resumed_with_other_photos(small_run, archive, network):
     finally:
         archive.write_bytes(whole)
         network.write_bytes(trained)
+        images_json.write_text(images)
 
 
 @pytest.mark.slow
@@ -345,13 +435,21 @@ def test_bad_input(archive, network, tmp_path):
         (["--data", archive, *here, "--network", "ResNet5"], ["ResNet5 is neither a file nor a network of keras"]),
         (["--data", archive, *here, "--network", flat], ["flat.keras: it has no feature maps"]),
         (["--data", archive, *here, "--fold", 6], ["--fold", "6 is not in 1 to 5"]),
-        (["--data", archive, *here, "--evaluate", tmp_path / "no.keras"], ["no.keras is missing"]),
+        (["--data", archive, "--evaluate", tmp_path / "no.keras"], ["no.keras is missing"]),
         (["--data", archive, "--evaluate", "a.keras", "--fold", 1], ["all photos of --data, without --fold"]),
-        (["--data", archive, "--evaluate", fixed, "--short-side", 9], ["images of a fixed size, but short_side"]),
-        (["--data", archive, "--evaluate", network], ["has no folder with the name of a class of the model: 0, 1, 2"]),
+        (["--data", archive, "--evaluate", "a.keras", "--epochs", 9], ["all photos of --data, without --epochs"]),
+        (
+            ["--data", archive, "--evaluate", fixed, "--short-side", 9],
+            ["images of a fixed size; short_side is for networks"],
+        ),
+        (
+            ["--data", archive, "--evaluate", network],
+            ["has no folder with the name of a class of the network: 0, 1, 2"],
+        ),
         (["--data", archive, *here, "--network", "alexnet"], ["--short-side must be at least 224 for alexnet"]),
         (["--data", tmp_path, "--out", tmp_path / "out", *SMALL], ["lies in --data"]),
         (["--data", tmp_path, "--out", tmp_path, *SMALL], ["lies in --data"]),
+        (["--data", archive, *here, "--out", tmp_path, "--network", fixed], ["fixed.keras lies in --out"]),
         (["--data", archive, *here, "--warmup", 0.5], ["--warmup is not a setting of the linear recipe"]),
     ]
     for arguments, parts in cases:

@@ -122,7 +122,7 @@ def test_preprocessing_is_read_from_the_file_beside_the_network(tmp_path):
     (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
     network = Network(tmp_path / "mine.keras")
     assert network.preprocess(image).shape == (30, 45, 3)
-    with pytest.raises(UserError, match="too long"):
+    with pytest.raises(UserError, match="too elongated"):
         network.preprocess(random_image(10, 90))
     (tmp_path / "mine_images.json").write_text('{"digit": true}')
     image = np.zeros((100, 100, 3), np.uint8)
@@ -144,7 +144,7 @@ def test_settings_that_do_not_fit_the_network(tmp_path):
     classifier().save(tmp_path / "mine.keras")
     (tmp_path / "mine_images.json").write_text('{"short_side": 30}')
     refused = {
-        (tmp_path / "mine.keras",): r"fixed size, but short_side is in .*mine_images\.json",
+        (tmp_path / "mine.keras",): r"mine\.keras takes images of a fixed size; short_side",
         (classifier(), (0, 1), "resnet"): "pixel range",
         (classifier(size=(32, 40, 1)), None, "resnet"): "grey images",
         (classifier(size=(None, None, 4)),): "one image of 1 or 3 channels can be given",
