@@ -4,13 +4,15 @@ import math
 
 import numpy as np
 from PIL import Image
-from skimage import filters, measure, morphology, segmentation, transform
+from scipy import ndimage
+from skimage import color, filters, measure, morphology, segmentation, transform
 
 from experiment.files import UserError
 
 DIGIT_SIDE = 20  # pixels: the longer side of an MNIST digit
 MAX_CLUTTER_SIDE = 100  # pixels: the longer side of an image that may have clutter around the digit, as those of data/
 STROKE = 0.1  # of that side: the width of a stroke, at least
+MAX_STROKE = 0.4  # and at most; what is wider is no part of a digit
 MIN_INK = 0.05  # what is fainter is noise of the paper
 WORKING_SIDE = 400  # pixels: the longer side at which the ink is looked for
 MAX_RESULT_SIDE = 1000  # pixels: the longer side of the result
@@ -63,18 +65,24 @@ def is_large(drawn):
 
 
 def find_ink(pixels):
-    """How dark the ink is against the paper around it, (h, w), 0..1, and a mask of the sheet (h, w), or of all."""
+    """How dark the ink is against the paper around it, (h, w), 0..1, and a mask (h, w) of the sheet, or of all."""
     scale = min(1, WORKING_SIDE / max(pixels.shape[:2]))
     shape = [max(1, round(scale * length)) for length in pixels.shape[:2]]
     picture = transform.resize(pixels, shape, anti_aliasing=True)  # (h, w, 3), 0..1
-    darkest, lightest = picture.min(axis=2), picture.max(axis=2)  # of the colours: ink of any colour is dark
-    side = max(3, max(shape) // 4 | 1)  # pixels, more than the width of a stroke
-    ground = filter_by_square(morphology.opening, lightest, side)
-    if ground.max() < (lightest.max() + lightest.min()) / 2:  # nothing light is wider than a stroke: light ink
+    grey, lightest = color.rgb2gray(picture), picture.max(axis=2).round(6)
+    ground = filter_by_square(morphology.opening, lightest, max(shape) // 4 | 1)
+    middle = (lightest.max() + lightest.min()) / 2
+    if ground.max() < middle and not is_sheet(lightest >= middle):  # light ink
         return (lightest - ground) / (1.2 - ground), np.ones(shape, bool)
-    paper = filter_by_square(morphology.closing, darkest, side)
+    light = lightest >= filters.threshold_otsu(lightest)
+    without_threads = morphology.isotropic_opening(light, max(shape) // 60)
+    part = largest_part(without_threads if without_threads.any() else light)
+    sheet = np.zeros(shape, bool)
+    sheet[part.slice] = part.image_filled
+    closed = filter_by_square(morphology.closing, grey, max(shape) // 6 | 1)
+    paper = np.minimum(closed, fill(grey))
     # With the 0.2, the texture of a dark desk does not count as ink.
-    return (paper - darkest) / (paper + 0.2), paper > filters.threshold_otsu(paper.round(6))
+    return (paper - grey) / (paper + 0.2), sheet
 
 
 def filter_by_square(function, image, side):
@@ -84,17 +92,56 @@ def filter_by_square(function, image, side):
     return function(padded, footprint)[side:-side, side:-side]
 
 
-def find_digit(ink, light):
-    """Where the digit is, (h, w): ink that is not at the border of the picture, is on the sheet, and is no speck."""
-    labels = measure.label(ink > max(ink.max() / 2, MIN_INK), connectivity=2)  # (h, w): 0 no ink, 1, 2 ...
-    sheets = measure.label(segmentation.clear_border(light))
-    sizes = np.bincount(sheets[sheets > 0], minlength=1)
-    sheet = sheets == sizes.argmax() if sizes.max() > 0.1 * ink.size else np.ones_like(light)
-    for kept in (segmentation.clear_border(labels) > 0, np.isin(labels, np.unique(labels[sheet]))):
-        if (labels[kept] > 0).any():
-            labels = np.where(kept, labels, 0)
-    sizes = np.bincount(labels[labels > 0], minlength=1)
-    return (sizes > 0.1 * sizes.max())[labels]
+def fill(image):
+    """Fills what is dark and enclosed in (h, w), up to the level at which water would flow off the picture."""
+    seed = np.full_like(image, image.max())
+    seed[[0, -1]], seed[:, [0, -1]] = image[[0, -1]], image[:, [0, -1]]
+    return morphology.reconstruction(seed, image, method="erosion")
+
+
+def largest_part(mask):
+    """The largest connected part of a mask (h, w), as scikit-image's `RegionProperties`."""
+    return max(measure.regionprops(measure.label(mask)), key=lambda part: part.area)
+
+
+def is_thin(mask):
+    """Whether a mask (h, w) can be the strokes of a digit: no circle in it is wide."""
+    return 2 * ndimage.distance_transform_edt(np.pad(mask, 1)).max() < MAX_STROKE * max(mask.shape)
+
+
+def is_sheet(light):
+    """Whether the largest light part of (h, w) is a sheet: wide, or around a digit. (The holes of an 8 are convex.)"""
+    part = largest_part(light)
+    holes = measure.regionprops(measure.label(part.image_filled & ~light[part.slice]))
+    large = [hole for hole in holes if max(hole.image.shape) > 0.1 * max(part.image.shape)]
+    return not is_thin(part.image) or any(hole.solidity < 0.75 for hole in large)
+
+
+def find_digit(ink, sheet):
+    """Where the digit is, (h, w): the strokes with most ink on the sheet, and those near them that are as dark.
+
+    Strokes at the border of the picture count only if there are no others.
+    """
+    mask = ink > max(ink.max() / 2, MIN_INK)
+    inside = segmentation.clear_border(mask)
+    labels = measure.label(inside if inside.any() else mask)  # (h, w): 0 no ink, 1, 2 ...
+    parts = measure.regionprops(labels, ink)
+    parts = [part for part in parts if is_thin(part.image)] or parts
+    if not parts:
+        return mask
+    on_sheet = np.where(sheet, 1, 0.2)  # in uneven light, the sheet is only the lighter part of the paper
+    weights = np.bincount(labels.ravel(), (on_sheet * ink).ravel())
+    main = max(parts, key=lambda part: weights[part.label])
+    reach = max(main.image.shape) / 2
+    low, high = np.subtract(main.bbox[:2], reach), np.add(main.bbox[2:], reach)
+    found = [
+        part.label
+        for part in parts
+        if weights[part.label] > 0.1 * weights[main.label]
+        and part.intensity_mean > 0.75 * main.intensity_mean
+        and ((low < part.centroid) & (part.centroid < high)).all()
+    ]
+    return np.isin(labels, found)
 
 
 def without_repeats(grey):

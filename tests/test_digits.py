@@ -99,6 +99,46 @@ def on_desk(digit, rng, desk=(60, 45, 35), texture=50, paper=PAPER, angle=0.0, *
     return photograph(turn(ink), rng, paper=np.asarray(paper) * sheet + desk * (1 - sheet), **photo)
 
 
+def anywhere(digit, rng, desk=(60, 60, 60), share=(0.15, 0.5), turn=15, paper=PAPER, beside=0, off=False, **photo):
+    """A digit, upright to 12 degrees, on a sheet that covers a share of the picture, or lies partly off it.
+
+    `desk` is a colour or an image (H, W, 3), `beside` the number of things that lie on it, below the sheet.
+    """
+    height, width = (np.sqrt(rng.uniform(*share)) * np.array(SIZE)).astype(int)
+    ink = draw(digit, rng, (height, 3 * width // 4), round(rng.uniform(0.2, 0.5) * 3 * height // 4))
+    ink = np.pad(ink, ((0, 0), (width - ink.shape[1], 0)))
+    angle = rng.uniform(-turn, turn)
+    centre = np.mean(np.nonzero(ink > 0.5), axis=1)[::-1]
+    ink = transform.rotate(ink, angle - np.clip(angle, -12, 12), center=centre)
+    cos, sin = np.abs([np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))])
+    half = np.array([width * cos + height * sin, width * sin + height * cos]) / 2
+    x, y = rng.uniform(half, np.maximum(half, np.array(SIZE[::-1]) - half))
+    move = transform.EuclideanTransform
+    place = move(translation=(-width / 2, -height / 2)) + move(rotation=np.deg2rad(angle))
+    place += move(translation=(0.6 * half[0] if off else x, y))
+    sheet, ink = (transform.warp(one, place.inverse, output_shape=SIZE) for one in (np.ones_like(ink), ink))
+    desk = np.ones((*SIZE, 3)) * desk
+    for _ in range(beside):
+        (top, left), size = rng.integers(0, SIZE), rng.integers(20, 200, 2)
+        desk[top : top + size[0], left : left + size[1]] = rng.integers(20, 250, 3)
+    return photograph(ink, rng, paper=np.where(sheet[:, :, None] > 0.5, paper, desk), **photo)
+
+
+def wood(rng):
+    """An image (H, W, 3) of wood with a grain along it."""
+    return (120, 80, 50) * (1 + 6 * filters.gaussian(rng.normal(0, 1, SIZE), (2, 40)))[:, :, None].clip(-1, 1)
+
+
+def on_a_note(digit, rng):
+    """A digit on a yellow note on a white sheet on a desk."""
+    desk = np.full((*SIZE, 3), 60)
+    desk[30:-30, 40:-40] = PAPER
+    return anywhere(digit, rng, desk, (0.1, 0.25), paper=(245, 225, 110))
+
+
+CHECKS = np.where((np.indices(SIZE) // 40).sum(axis=0)[:, :, None] % 2, (170, 40, 40), (225, 220, 215))
+
+
 def plain(digit, rng, side, height, paper=255, pen=0, **photo):
     """A digit on an even ground, a scan or a drawing."""
     return photograph(draw(digit, rng, (side, side), height), rng, (paper,) * 3, (pen,) * 3, **photo)
@@ -140,6 +180,13 @@ CONDITIONS = {
     "light desk": partial(on_desk, desk=(190, 180, 165), texture=12, angle=5),
     "turned sheet, light falls": partial(on_desk, angle=15, light=np.linspace(1, 0.6, SIZE[1])[None, :, None]),
     "desk with a strong grain": partial(on_desk, desk=(120, 80, 50), texture=120),
+    "small sheet": partial(anywhere, share=(0.12, 0.2)),
+    "sheet turned by up to 45 degrees": partial(anywhere, share=(0.15, 0.35), turn=45),
+    "sheet partly off the picture": partial(anywhere, off=True),
+    "on wood": lambda digit, rng: anywhere(digit, rng, wood(rng), turn=30),
+    "on a checked cloth": partial(anywhere, desk=CHECKS),
+    "other things on the desk": partial(anywhere, beside=6),
+    "on a note on a sheet": on_a_note,
     "60 pixels": partial(plain, side=60, height=24, paper=225, pen=50, noise=3, blur=0.4),
 }
 
@@ -185,6 +232,13 @@ def test_images_of_mnist_and_of_a_run_stay_as_they_are():
     for times in (3, 4, 7):  # such as image_test.png, whose clutter is not to be taken for one large digit
         large = image.repeat(times, axis=0).repeat(times, axis=1).repeat(3, axis=2)
         np.testing.assert_array_equal(digits.preprocess_digit(large), image[:, :, 0])
+
+
+def test_photos_of_a_sheet_on_a_desk(real_data):
+    """600 x 600 pixels; digits are 150 to 220 pixels large, sheets more than 350."""
+    for path in (real_data / "digits_on_a_desk").glob("*.jpg"):
+        seen = digits.preprocess_digit(np.asarray(Image.open(path)))
+        assert 50 <= seen.shape[0] <= 80, path.name
 
 
 @pytest.mark.parametrize("value", [0, 100, 255])
