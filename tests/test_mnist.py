@@ -96,6 +96,20 @@ def test_a_run_continues_bit_for_bit(small_run, small_data, tmp_path):
     assert_one_line_error(call(mnist, *arguments, "--steps", 6), "--steps 5, not 6", "--fresh")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--precision", "mixed_bfloat16"), ("--recipe", "original")], ids=" ".join)
+def test_other_precisions_and_optimizers_continue_bit_for_bit(options, small_data, tmp_path):
+    arguments = ["--data", small_data, *FIVE_STEPS, *options]
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    assert call(mnist, *arguments, "--out", out).returncode == 0
+    shutil.copytree(out, copy)
+    (copy / "lenet.keras").unlink()
+    (copy / "checkpoint.previous.npz").replace(copy / "checkpoint.npz")
+    process = call(mnist, *arguments, "--out", copy)
+    assert "resuming after step 4" in process.stdout, process.stderr
+    assert_same_run(copy, out)
+
+
 def test_a_run_is_not_resumed_on_other_data_or_another_backend(tmp_path, monkeypatch):
     """Other images, labels or boxes, and more images; a folder that was moved holds the same data."""
     images, labels = np.random.default_rng(0).integers(0, 256, (31, 20, 24), dtype=np.uint8), np.arange(31) % 10
