@@ -97,6 +97,17 @@ def test_a_run_continues_bit_for_bit(small_run, small_data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_console_that_cannot_show_the_name_of_the_folder(small_data, tmp_path):
+    out = tmp_path / "\u6570\u5b57"
+    arguments = ["--data", small_data, "--out", out, "--steps", 1, *SMALL]
+    process = run("mnist.py", *arguments, PYTHONIOENCODING="cp1252")
+    assert process.returncode == 0, process.stderr
+    assert "open " in process.stdout
+    assert "\\u6570\\u5b57" in process.stdout
+    assert (out / "lenet.keras").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--precision", "mixed_bfloat16"), ("--recipe", "original")], ids=" ".join)
 def test_other_precisions_and_optimizers_continue_bit_for_bit(options, small_data, tmp_path):
     arguments = ["--data", small_data, *FIVE_STEPS, *options]
