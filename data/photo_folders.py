@@ -95,7 +95,7 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
             count = TEST_PHOTOS if test_share is None else max(1, round(test_share * len(photos)))
             if len(photos) <= count:
                 found = f"{name} has {len(photos)} usable photos; at least {count + 1} are needed"
-                raise UserError(f"{archive}: {found}, or fewer with --test-share 0.2; or choose others by --categories")
+                raise UserError(f"{archive}: {found}; set --test-share 0.2, or choose classes with --categories")
             known, new = photos[:-count], photos[-count:]
         if fold:
             if len(known) < FOLDS:
@@ -135,9 +135,9 @@ def load_all_photos(archive, names, wordnet_ids=None):
             labels[folder] = same[0]
     if not labels:
         raise UserError(f"{archive} has no folder with the name of a class of the network: {some(names)}")
-    other = [(folder, photo) for classes in sets.values() for folder in classes for photo in classes[folder]]
-    other = [printable(folder) for folder, _ in other if folder not in labels]
-    add_note(notes, len(other), "photos of classes that the network does not have", sorted(set(other)))
+    other = [folder for classes in sets.values() for folder in classes for _ in classes[folder] if folder not in labels]
+    examples = sorted(map(printable, set(other)))
+    add_note(notes, len(other), "photos of classes that the network does not have", examples)
     names = {folder: names[label] for folder, label in labels.items()}
     sets, boxes = check_photos(archive, sets, names, tables, notes)
     labelled = [(labels[folder], photo) for classes in sets.values() for folder in classes for photo in classes[folder]]
@@ -192,10 +192,10 @@ def find_photos(archive):
     for which, start in starts.items():
         if which and not sets[which]:
             raise UserError(f"{archive}: {start} has no class folders; {SETS}")
-    add_note(notes, len(photos) - count_photos(sets), "photos outside of the class folders")
+    add_note(notes, len(photos) - count_photos(sets), "photos outside the class folders")
     inside = count_photos(sets)
     sets, names = name_classes(archive, sets)
-    add_note(notes, inside - count_photos(sets), "photos not named as in Caltech-256, NNN_0001.jpg,")
+    add_note(notes, inside - count_photos(sets), "photos not named as in Caltech-256 (NNN_0001.jpg)")
     filled = {folder for start in starts.values() for folder in group(start, [*photos, *tables])}
     below = [folder.removeprefix(start) for start in starts.values() for folder in folders if folder.startswith(start)]
     empty = [folder for folder in below if "/" not in folder and folder not in filled and not is_hidden(folder)]

@@ -39,8 +39,8 @@ def preprocess_digit(pixels):
         raise UserError("no digit is found")
     if np.median(drawn) == 0 and max(grey.shape) <= MAX_CLUTTER_SIDE and not is_large(drawn):
         return drawn
-    ink, light = find_ink(pixels)
-    mask = find_digit(ink, light)
+    ink, sheet = find_ink(pixels)
+    mask = find_digit(ink, sheet)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
         raise UserError("no digit is found")
@@ -56,12 +56,9 @@ def preprocess_digit(pixels):
 
 def is_large(drawn):
     """Whether most ink of a drawn image (H, W) is one digit that is larger than MNIST's."""
-    regions = measure.regionprops(measure.label(drawn > drawn.max() / 2, connectivity=2))
-    largest = max(regions, key=lambda region: region.area, default=None)
-    if largest is None:
-        return False
-    height, width = largest.image.shape
-    return max(height, width) > 1.5 * DIGIT_SIDE and largest.area > 0.8 * sum(region.area for region in regions)
+    mask = drawn > drawn.max() / 2
+    part = largest_part(mask)
+    return max(part.image.shape) > 1.5 * DIGIT_SIDE and part.area > 0.8 * mask.sum()
 
 
 def find_ink(pixels):

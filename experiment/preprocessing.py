@@ -64,7 +64,7 @@ def check_inputs(source, inputs, preprocessing):
     """
     if len(inputs) > 1 or len(inputs[0].shape) != 4 or inputs[0].shape[-1] not in (1, 3):
         shapes = ", ".join(str(tensor.shape) for tensor in inputs)
-        raise UserError(f"{source} takes {shapes}; one image of 1 or 3 channels can be given")
+        raise UserError(f"{source} takes {shapes}; it must take one image of 1 or 3 channels")
     shape = inputs[0].shape[1:]
     if preprocessing.short_side and shape[:2] != (None, None):
         raise UserError(f"{source} takes images of a fixed size; short_side is for networks that take any size")

