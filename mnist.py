@@ -70,8 +70,9 @@ DRAW_STEPS = 8  # steps whose weights are kept, for out/draw.html
 def train_model(settings):
     set_seed(settings.seed)
 
-    # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4)
-    train, test = load_dataset(settings.data)
+    # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4). Other sizes are padded to multiples
+    # of LeNet's stride, or the maps would not lie where the image does.
+    train, test = load_dataset(settings.data, RECEPTIVE_FIELD["stride"])
     count, (height, width) = len(train.labels), train.images.shape[1:3]
     print(f"{settings.data}: {count:,} training images, {len(test.labels):,} test images", flush=True)
     if test.boxes is None:
@@ -141,8 +142,9 @@ def build_model(settings, images):
 
 def evaluate_model(settings):
     """Measures a trained model on all test images."""
-    _, test = load_dataset(settings.data)
     cam_model = to_cam_model(load_network(settings.evaluate))
+    any_size = cam_model.input_shape[1:3] == (None, None)
+    _, test = load_dataset(settings.data, RECEPTIVE_FIELD["stride"] if any_size else 1)
     check_model_fits_data(settings.evaluate, cam_model, test.images.shape[1:], CLASSES)
     metrics, logits, _ = evaluate(cam_model, test, all_metrics=True)
     print(format_metrics(metrics, len(test.labels)))

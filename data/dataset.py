@@ -54,11 +54,15 @@ class Split(NamedTuple):
         return Split(*(field if field is None else field[:count] for field in self))
 
 
-def load_dataset(folder):
+def load_dataset(folder, multiple_of=1):
     """Reads a data folder; the first call extracts its tarball into `img/`.
 
+    Args:
+        folder: Path of the data folder.
+        multiple_of: Height and width become multiples of this, by black pixels at the bottom and on the right.
+
     Returns:
-        The training and the test `Split`. Their images are views of one array mapped from disk.
+        The training and the test `Split`. Their images are views of one array, mapped from disk if it is not padded.
 
     Raises:
         UserError: A file is missing, broken, or does not fit the others.
@@ -80,6 +84,8 @@ def load_dataset(folder):
         x0, y0, x1, y1 = boxes.T
         inside = (x0 < x1) & (y0 < y1) & (x1 <= width) & (y1 <= height)
         check_lines(folder / BOXES_TXT, inside, f"this is not a box in {width} x {height} pixels")
+    if height % multiple_of or width % multiple_of:
+        images = np.pad(images, ((0, 0), (0, -height % multiple_of), (0, -width % multiple_of), (0, 0)))
     split = count * 7 // 10
     test = Split(images[split:], labels[split:], None if boxes is None else boxes[split:])
     return Split(images, labels, boxes).first(split), test

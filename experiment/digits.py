@@ -8,6 +8,7 @@ from scipy import ndimage
 from skimage import color, filters, measure, morphology, segmentation, transform
 
 from experiment.files import UserError
+from lenet import RECEPTIVE_FIELD
 
 DIGIT_SIDE = 20  # pixels: the longer side of an MNIST digit
 MAX_CLUTTER_SIDE = 100  # pixels: the longer side of an image that may have clutter around the digit, as those of data/
@@ -21,8 +22,9 @@ MAX_RESULT_SIDE = 1000  # pixels: the longer side of the result
 def preprocess_digit(pixels):
     """A picture of one digit as LeNet expects it: light on black, 20 pixels high or wide.
 
-    The whole picture is kept, so that a map of it fits the picture. Drawn images of MNIST's size, and those of data/,
-    stay as they are but for their colours; pixels that are repeated, as in a run's image_test.png, are taken once.
+    The whole picture is kept, and its sides become multiples of LeNet's stride, so that a map of it fits the picture.
+    Drawn images of MNIST's size, and those of data/, stay as they are but for their colours; pixels that are repeated,
+    as in a run's image_test.png, are taken once.
 
     Args:
         pixels: (H, W, 3) uint8: dark ink on light paper, in any light, or light ink on a dark ground.
@@ -38,7 +40,7 @@ def preprocess_digit(pixels):
     if drawn.max() == 0:
         raise UserError("no digit is found")
     if np.median(drawn) == 0 and max(grey.shape) <= MAX_CLUTTER_SIDE and not is_large(drawn):
-        return drawn
+        return np.rint(resize(drawn, drawn.shape)).astype(np.uint8)
     ink, sheet = find_ink(pixels)
     mask = find_digit(ink, sheet)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -49,9 +51,17 @@ def preprocess_digit(pixels):
     width = mask.sum() / morphology.skeletonize(mask).sum()  # of the strokes
     thicken = morphology.disk(max(0, round((STROKE * side - width) / 2)))
     ink = morphology.dilation(ink * morphology.dilation(mask, morphology.disk(2)), thicken)
-    shape = [max(8, round(length * scale)) for length in ink.shape]
-    digit = transform.resize(ink, shape, anti_aliasing=True)
+    digit = resize(ink, np.multiply(ink.shape, scale))
     return np.rint(255 * (digit / digit.max()).clip(0, 1)).astype(np.uint8)
+
+
+def resize(image, shape):
+    """Scales (H, W) to about that shape: to multiples of LeNet's stride."""
+    stride = RECEPTIVE_FIELD["stride"]
+    shape = tuple(max(2, round(length / stride)) * stride for length in shape)
+    if image.shape == shape:
+        return image
+    return transform.resize(image, shape, preserve_range=True, anti_aliasing=True)
 
 
 def is_large(drawn):

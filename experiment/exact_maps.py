@@ -180,6 +180,11 @@ class LogitsAndMaps(layers.Layer):
         softmax_weights, _ = self.softmax_weights_and_biases()
         return logits, class_activation_map(feature_maps, softmax_weights)
 
+    def compute_output_spec(self, feature_maps):  # Keras would call it with a sparse tensor after x * 2, and fail
+        classes = self.softmax_weights_and_biases()[1].shape[0]
+        shapes = [(*feature_maps.shape[:axis], classes) for axis in (1, 3)]  # (N, C), (N, H, W, C)
+        return [keras.KerasTensor(shape, "float32") for shape in shapes]
+
     def softmax_weights_and_biases(self):
         """w_k^c (K, C) and b_c (C,)."""
         return kernel_and_bias(self.kernel_layer) if self.kernel_layer else self.probe()

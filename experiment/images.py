@@ -56,7 +56,7 @@ def read_picture(source, name=None):
     except FileNotFoundError:
         raise UserError(f"{name} is missing") from None
     except UnidentifiedImageError:  # its own message has the memory address of an open file
-        raise UserError(f"{name} is not a readable image (cannot identify image file; convert it to PNG)") from None
+        raise UserError(f"{name} is not a readable image (unknown format; convert it to PNG)") from None
     except Exception as error:  # Pillow raises a dozen kinds for a bad image
         raise UserError(f"{name} is not a readable image ({' '.join(str(error).split())})") from None
 

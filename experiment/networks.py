@@ -16,6 +16,7 @@ import numpy as np
 from alexnet import weight_shapes
 from experiment.exact_maps import exact_cam_model, feature_model
 from experiment.files import UserError, atomic_write
+from experiment.keras2 import load_keras2
 from experiment.preprocessing import (
     KERAS_SUFFIXES,
     Preprocessing,
@@ -44,21 +45,23 @@ def load_network(path):
         UserError: The file is missing, or neither.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
     try:
-        if suffix not in KERAS_SUFFIXES:
+        if path.suffix.lower() not in KERAS_SUFFIXES:
             return load_tf1_checkpoint(path)
         with tempfile.TemporaryDirectory() as folder:
-            file = path
-            if path.suffix != suffix:  # which Keras does not know
+            file, suffix = path, ".keras" if zipfile.is_zipfile(path) else ".h5"
+            if path.suffix != suffix:  # Keras goes by the suffix, and Keras 2.12 wrote HDF5 to .keras
                 file = shutil.copy(path, Path(folder) / f"{path.stem}{suffix}")
+            if keras_version(file).startswith("2."):
+                return load_keras2(file)
             return keras.models.load_model(file, compile=False)
     except Exception as error:  # whatever Keras or TensorFlow raises for a broken or hostile file
-        raise UserError(f"{path} {reason(path, str(error))}") from None
+        raise UserError(f"{path} {reason(path, error)}") from None
 
 
-def reason(path, message):
-    """Why a network cannot be loaded from `path`."""
+def reason(path, error):
+    """Why a network cannot be loaded from `path`, after the exception that was raised."""
+    message = str(error)
     if not path.exists():
         return "is missing; run mnist.py first" if path.name == "lenet.keras" else "is missing"
     if (path / "saved_model.pb").exists():
@@ -66,14 +69,16 @@ def reason(path, message):
     version = keras_version(path)
     if version.startswith("2."):
         hint = "build the network with Keras 3, load the weights, and save it as .keras"
-        return f"was saved by Keras {version}, and Keras 3 cannot load it; {hint}"
+        why = f" ({error})" if isinstance(error, NotImplementedError) else ""
+        return f"was saved by Keras {version}, and Keras 3 cannot load it{why}; {hint}"
     for pattern, text in REASONS.items():
         found = re.search(pattern, message)
         if found:
             return found.expand(text)
-    kind = "a saved Keras model" if path.suffix.lower() in KERAS_SUFFIXES else "a checkpoint of the original"
-    known = "" if path.suffix.lower() in KERAS_SUFFIXES else "; networks are .keras, .h5 or .hdf5 files of Keras"
-    return f"is not {kind} ({' '.join(message.split())[:200]}){known}"
+    if path.suffix.lower() in KERAS_SUFFIXES:
+        return f"is not a saved Keras model ({' '.join(message.split())[:200]})"
+    hint = "build a network of another library in Keras, copy the weights, and save it as .keras"
+    return f"is neither a saved Keras model ({', '.join(KERAS_SUFFIXES)}) nor a checkpoint of the original; {hint}"
 
 
 def keras_version(path):

@@ -78,6 +78,7 @@ ONE_LAYER = {
     "softmax_as_an_activation_layer": lambda: [gap(), dense(), layers.Activation("softmax")],
     "softmax_as_an_operation": lambda: [gap(), dense(), ops.softmax],
     "log_softmax": lambda: [gap(), dense(), ops.log_softmax],
+    "after_a_multiplication": lambda: [lambda f: f * 2.0, gap(), dense("softmax")],  # sparse, says Keras 3.15
     "linear_activation_layer": lambda: [gap(), dense("linear"), layers.Activation("linear")],
     "mobilenet": lambda: [
         gap(keepdims=True),

@@ -5,10 +5,8 @@ import fcntl
 import json
 import shutil
 import threading
-import zipfile
 from types import SimpleNamespace
 
-import h5py
 import keras
 import numpy as np
 import pytest
@@ -174,20 +172,6 @@ def test_grey_arrays_are_scaled_by_their_own_range(kind):
     ) else np.testing.assert_array_equal(found, 255 * ramp)
 
 
-def test_a_network_saved_by_keras_2(tmp_path):
-    layer = {"class_name": "TFOpLambda", "config": {"name": "tf.math.divide", "function": "math.divide"}}
-    config = {"class_name": "Functional", "config": {"name": "net", "layers": [layer]}}
-    with zipfile.ZipFile(tmp_path / "net.keras", "w") as file:
-        file.writestr("metadata.json", json.dumps({"keras_version": "2.15.0"}))
-        file.writestr("config.json", json.dumps(config))
-        file.writestr("model.weights.h5", b"")
-    with h5py.File(tmp_path / "net.h5", "w") as file:
-        file.attrs.update({"keras_version": "2.4.0", "model_config": json.dumps(config)})
-    for name, version in ("net.keras", "2.15.0"), ("net.h5", "2.4.0"):
-        with pytest.raises(UserError, match=f"{name} was saved by Keras {version}, and Keras 3 cannot load it; build"):
-            Network(tmp_path / name)
-
-
 @pytest.mark.parametrize(
     "layer",
     [
@@ -211,6 +195,59 @@ def test_a_network_that_crops_the_image(layer, nested):
         return
     with pytest.raises(UserError, match="layer 'crop' crops or pads the image"):
         to_cam_model(model)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 44), (97, 97), (45, 50), (28, 30)])
+def test_an_impulse_is_where_its_peak_in_the_map_is(height, width, tmp_path):
+    """In images of data/, and of a digit in a photo: the peak covers the impulse, at whatever place it is."""
+    model = lenet()
+    for name in "conv1", "conv2":  # which pass the pixel in the middle on
+        kernel = np.zeros(model.get_layer(name).kernel.shape)
+        kernel[2, 2] = 1
+        model.get_layer(name).kernel.assign(kernel)
+    model.get_layer("softmax_weights").kernel.assign(np.ones((64, 10)))
+    cam_model = cam.class_activation_model(model)
+    places = [(1, 1), (1, width - 2), (height - 2, 1), (height - 2, width - 2), (height // 2, width // 3)]
+    images = np.zeros((10, height, width), np.uint8)
+    for index, (y, x) in enumerate(places):
+        images[index, y, x] = 255
+    train, _ = load_dataset(write_data(tmp_path, images, range(10)), 4)
+    assert train.images.shape[1:3] == (-(-height // 4) * 4, -(-width // 4) * 4)
+    _, maps = cam_model.predict_on_batch(train.images)
+    for class_map, (y, x) in zip(cam.upsample(maps[..., 0], *train.images.shape[1:3]), places, strict=False):
+        assert_peak(class_map, (y, x))
+
+    model.save(tmp_path / "net.keras")
+    (tmp_path / "net_images.json").write_text('{"digit": true}')
+    network = Network(tmp_path / "net.keras")
+    for y, x in places:
+        pixels = np.zeros((height, width), np.uint8)
+        pixels[y, x] = 255
+        assert_peak(cam.upsample(predict_cams(pixels, network, 1).maps, height, width)[0], (y, x))
+
+
+def assert_peak(class_map, place):
+    peak = np.unravel_index(class_map.argmax(), class_map.shape)
+    assert np.abs(np.subtract(peak, place)).max() <= 2, (peak, place)
+
+
+OTHER_FILES = ("pth", "onnx", "tflite", "pb", "json", "pkl", "npz")
+
+
+@pytest.mark.parametrize("suffix", OTHER_FILES)
+def test_networks_of_other_libraries(suffix, tmp_path):
+    (tmp_path / f"net.{suffix}").write_bytes(b"\x08\x07\x12\x07pytorch" * 30)
+    with pytest.raises(
+        UserError, match=r"net\..* is neither a saved Keras model \(\.keras, \.h5, \.hdf5\) nor a checkpoint"
+    ):
+        Network(tmp_path / f"net.{suffix}")
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.npy", "a.dcm", "a.svg"])
+def test_pictures_of_other_formats(name, tmp_path):
+    (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
+    with pytest.raises(UserError, match=r"a\..* is not a readable image \(unknown format; convert it to PNG\)"):
+        read_picture(tmp_path / name)
 
 
 def test_feature_maps_of_one_location():

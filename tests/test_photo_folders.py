@@ -87,7 +87,7 @@ def test_what_is_out_of_the_ordinary(tmp_path):
     }
     train, test, names, notes = load_photos(write_tar(tmp_path / "archive.tar", files))
     assert names == ["bike", "mug", "mouse"]
-    unreadable = "(cannot identify image file; convert it to PNG)"
+    unreadable = "(unknown format; convert it to PNG)"
     assert notes == [
         "other files left out: 1",
         "photos not named as in Caltech-256 (NNN_0001.jpg) left out: 2",

@@ -149,7 +149,7 @@ def test_settings_that_do_not_fit_the_network(tmp_path):
         (classifier(size=(32, 40, 1)), None, "resnet"): "grey images",
         (classifier(size=(None, None, 4)),): "it must take one image of 1 or 3 channels",
         (keras.Sequential(),): "must be functional or Sequential, and built",
-        (".",): "is not a checkpoint",
+        (".",): "nor a checkpoint of the original",
     }
     for arguments, text in refused.items():
         with pytest.raises(UserError, match=text):
