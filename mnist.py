@@ -85,7 +85,8 @@ def train_model(settings):
     names = [str(digit) for digit in range(CLASSES)]
 
     # Images -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c, equation (1)
-    model = build_model(settings, train.images[:256])
+    model = lenet(1, CLASSES, settings.precision, settings.pooling, settings.location_dropout)
+    prepare_training(model, settings, train.images[:256])
     # The same layers and weights: images -> S_c (N, C) and M_c, equation (2) (N, 25, 25, C). M_c is computed from all
     # locations: the feature maps are taken before the layer that hides some of them in training.
     cam_model = cam.class_activation_model(model)
@@ -124,9 +125,8 @@ def train_model(settings):
     run.finish()
 
 
-def build_model(settings, images):
-    """Builds the compiled LeNet that is trained; `images` (N, H, W, 1) set the scale of its initial weights."""
-    model = lenet(1, CLASSES, settings.precision, settings.pooling, settings.location_dropout)
+def prepare_training(model, settings, images):
+    """Compiles a LeNet as its recipe wants; `images` (N, H, W, 1) set the scale of its initial weights."""
     if settings.recipe == "original":
         optimizer = keras.optimizers.SGD(settings.learning_rate)
     else:
@@ -137,7 +137,6 @@ def build_model(settings, images):
         optimizer.exclude_from_weight_decay(var_names=["bias"])
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=JIT_COMPILE)
-    return model
 
 
 def evaluate_model(settings):

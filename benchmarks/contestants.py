@@ -65,7 +65,9 @@ def built(data, *flags):
 
     mnist.set_seed(settings.seed)
     train, _ = load_dataset(data)
-    return settings, mnist.build_model(settings, train.images[:256])
+    model = mnist.lenet(1, 10, settings.precision, settings.pooling, settings.location_dropout)
+    mnist.prepare_training(model, settings, train.images[:256])
+    return settings, model
 
 
 def train_steps(data, settings, model):

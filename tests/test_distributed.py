@@ -31,7 +31,8 @@ def train(data, part, parts):
     settings = mnist.parse_arguments(["--steps", str(STEPS), "--precision", "float32"])
     images, _ = load_dataset(data)
     one_hot = keras.utils.to_categorical(images.labels, 10)
-    model = mnist.build_model(settings, images.images)
+    model = mnist.lenet(location_dropout=settings.location_dropout)
+    mnist.prepare_training(model, settings, images.images)
     losses = []
     for step in range(STEPS):
         indices = mnist.batch_indices(step, BATCH_SIZE, len(one_hot), settings.order, settings.seed)
