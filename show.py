@@ -1,6 +1,6 @@
 """Class activation maps of your own images.
 
-    python show.py digit.png                          of the LeNet that mnist.py has trained
+    python show.py digit.png                          of the LeNet that mnist.py has trained, or of the one in data/
     python show.py dog.jpg cat.jpg --model ResNet50   of a network of keras.applications with its ImageNet weights
     python show.py photo.jpg --model mine.keras       of a saved Keras model whose logits are an affine function of its
                                                       pooled feature maps
@@ -36,9 +36,15 @@ from experiment.images import SUFFIXES
 from experiment.predict import Network, predict_cams
 from experiment.settings import ArgumentParser, bounded
 
+# Of these LeNets the first that is there: that of one's own run, and one that is a part of the repository.
+LENETS = (Path("out/lenet.keras"), Path(__file__).parent / "data" / "lenet.keras")
+
 
 def show(settings):
     paths, chosen = find_images(settings.images), settings.classes
+    if not settings.model:
+        settings.model = next(path for path in LENETS if path.exists())
+        print(f"network: {settings.model}")
     network = Network(settings.model, settings.pixel_range, settings.preprocess, settings.output)
     count = len(network.class_names)
     if chosen and (len(chosen) not in (1, len(paths)) or min(chosen) < 0 or max(chosen) >= count):
@@ -135,8 +141,8 @@ def main(arguments=None):
     parser = ArgumentParser("show.py", __doc__)
     flag = parser.add_argument
     flag("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    text = "saved model, checkpoint of the original, or network of keras.applications (default: %(default)s)"
-    flag("--model", default="out/lenet.keras", help=text)
+    text = "saved model, checkpoint of the original, or network of keras.applications"
+    flag("--model", help=f"{text} (default: {LENETS[0]} or, without a run, the LeNet in data/)")
     flag("--top", default=5, type=bounded(1), help="number of top classes to show (default: 5)")
     flag("--class", nargs="+", type=int, dest="classes", metavar="C", help="show this class, or one for each image")
     flag("--out", default=Path("out"), type=Path, help="folder for the figures, cam_NAME.png (default: out)")

@@ -252,7 +252,7 @@ def subset(split, chosen):
 
 def classify_features(model, train):
     """A network with the feature maps of `model`, and softmax weights fitted to a `Split` by least squares (no SVM)."""
-    classes = train.labels.max() + 1
+    classes = int(train.labels.max()) + 1
     pooled = keras.Model(model.input, model.get_layer("softmax_weights").input).predict(train.images, 50, verbose=0)
     targets = np.eye(classes)[train.labels] - 1 / classes  # so that a unit's weights have a mean of zero
     softmax_weights = np.linalg.lstsq(pooled.astype(np.float64), targets)[0]  # (K, C)

@@ -50,10 +50,10 @@ def write_draw_page(out, model, samples, step):
         if path.stem.isdecimal() and int(path.stem) < step:
             with np.load(path) as weights:
                 kept[int(path.stem)] = dict(weights)
-    steps = [
-        {"step": step, "weights": to_base64(np.concatenate([kept[step][name].ravel() for name in shapes]))}
-        for step in sorted(kept)
-    ]
+    steps = []
+    for step in sorted(kept):
+        weights = np.concatenate([kept[step][name].ravel() for name in shapes]).astype("<f2")  # half precision
+        steps.append({"step": step, "weights": to_base64(weights)})
     first_of_class = np.unique(samples.labels, return_index=True)[1]
     height, width = samples.images.shape[1:3]
     colors = {name: matplotlib.colormaps[name](np.linspace(0, 1, 256), bytes=True)[:, :3] for name in COLORMAPS}

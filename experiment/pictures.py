@@ -14,6 +14,7 @@ PICTURE_SIDE = 400  # pixels, about: pictures are enlarged by a whole number
 MIN_CELL = 64  # pixels, of a picture's place in a grid
 GAP = 8  # pixels between two pictures
 MAX_TITLE = 60  # characters
+EVIDENCE_COLORMAP = "seismic"  # blue, white, red: also the colour-blind can tell its ends apart
 load_default_font = lru_cache(ImageFont.load_default)
 
 
@@ -73,24 +74,32 @@ def draw_box(picture, box, width):
 def on_one_scale(image, maps, side, boxes=()):
     """Pillow images of an image (H, W, 1 or 3), of its maps (h, w, n) laid over it on one scale, and of that scale.
 
-    The scale is symmetric about zero, so the middle colour means "no evidence", colours above it evidence for the
-    class, and colours below it evidence against it. Each picture has `side` pixels on its longer side.
+    Red is evidence for the class, blue evidence against it, and the stronger it is, the more it covers the image, which
+    is grey. Each picture has `side` pixels on its longer side.
     """
     picture = fit(to_image(image), side)
     width, height = picture.size
+    grey = np.asarray(picture.convert("L").convert("RGB"))
+    if image.shape[2] == 1 and np.median(grey) < 32:  # digits, white on black, on which colors would not show
+        grey = 255 - grey // 3
     limit = max(np.abs(maps).max(), np.finfo(np.float32).tiny)
-    heatmaps = (upsample(maps[None], height, width)[0] / limit + 1) / 2  # (H, W, n): 0.5 where a map is zero
-    heatmaps = np.moveaxis(heatmaps.clip(0, 1), 2, 0)
-    pictures = [to_image(overlay(np.asarray(picture), heatmap)) for heatmap in heatmaps]
+    upsampled = upsample(maps[None], height, width)[0] / limit  # (H, W, n), -1..1
+    pictures = [to_image(overlay_evidence(grey, upsampled[:, :, index])) for index in range(maps.shape[2])]
     for mapped, box in zip(pictures, boxes, strict=False):
         draw_box(mapped, box, image.shape[1])
     return [picture, *pictures, color_scale(limit, max(width, MIN_CELL), max(height, MIN_CELL))]
 
 
+def overlay_evidence(grey, evidence):
+    """Overlays a map (H, W), -1..1, on a grey image (H, W, 3) uint8; nothing is drawn where it is zero."""
+    evidence = evidence.clip(-1, 1)
+    return overlay(grey, (1 + evidence) / 2, EVIDENCE_COLORMAP, opacity=np.abs(evidence)[:, :, None])
+
+
 def color_scale(limit, width, height):
-    """A picture of the colormap from -limit to limit."""
-    values = np.linspace(1, 0, height)[:, None].repeat(width // 4, axis=1)
-    bar = overlay(np.zeros(values.shape, np.uint8), values, opacity=1)
+    """A picture of the colors from -limit to limit."""
+    values = np.linspace(1, -1, height)[:, None].repeat(width // 4, axis=1)
+    bar = overlay_evidence(np.full((*values.shape, 3), 255, np.uint8), values)
     picture = Image.new("RGB", (width, height), "white")
     picture.paste(Image.fromarray(bar))
     draw, font = ImageDraw.Draw(picture), load_default_font(max(8, width // 8))

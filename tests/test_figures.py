@@ -50,20 +50,29 @@ def test_pictures_are_enlarged_by_whole_numbers_and_saved_as_they_are(size, enla
 
 
 def test_class_maps_are_on_one_scale_about_zero_and_boxes_in_their_place(tmp_path):
-    """Constant maps of -2, 0 and 4, whose colours are at 1/4, 1/2 and 1; a box around the lower right quarter."""
+    """Constant maps of -2, 0 and 4: half opaque, not drawn, opaque; a box around the lower right quarter."""
     image, maps = np.zeros((50, 100, 3), np.uint8), np.broadcast_to([-2.0, 0.0, 4.0], (5, 10, 3))
     titles = [(name, "black") for name in ("image", "low", "none", "high")]
     figures.save_class_maps(tmp_path / "maps.png", image, maps, titles, [None, None, (50, 25, 100, 50)])
     picture = np.asarray(Image.open(tmp_path / "maps.png"))[-100:]  # below the titles
     assert not picture[:, :200].any()
-    low, none, high = (np.rint(127.5 * np.array(matplotlib.colormaps["jet"](n)[:3])) for n in (64, 128, 255))
-    assert (picture[:, 208:408] == low).all()
-    assert (picture[:, 416:616] == none).all()
+    low, high = (255 * np.array(matplotlib.colormaps["seismic"](n)[:3]) for n in (64, 255))
+    high = np.rint(high)
+    assert (picture[:, 208:408] == np.rint(low / 2)).all()
+    assert not picture[:, 416:616].any()
     assert (picture[:49, 624:824] == high).all()
     assert (picture[50, 724:824] == 255).all()
     assert (picture[54:96, 732:816] == high).all()
     scale = picture[:, 832 : 832 + 50]  # its bar
-    assert (abs(scale[50] - 2.0 * none) <= 8).all()  # of the row beside the exact middle
+    assert (scale[50] >= 250).all()  # of the row beside the exact middle
+    assert (scale[0] == high).all()
+
+
+def test_digits_are_drawn_in_grey_on_white_below_their_maps(tmp_path):
+    image = np.zeros((100, 100, 1), np.uint8)
+    image[20:30, 40:60] = 255
+    [_, mapped, _] = pictures.on_one_scale(image, np.float32([[[0.0]]]), 100)
+    np.testing.assert_array_equal(np.asarray(mapped), 255 - image.repeat(3, axis=2) // 3)
 
 
 @pytest.mark.parametrize("size", [(400, 7), (7, 400), (3000, 40), (1, 1)])

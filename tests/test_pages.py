@@ -260,6 +260,7 @@ def drawn_run(request, tmp_path_factory):
         scale_to_unit_logits(model, test.images)
         for name, units in (("conv1", 32), ("conv2", 64)):
             model.get_layer(name).bias.assign(keras.random.normal([units], stddev=0.1))  # as after some training
+        model.set_weights([weights.astype(np.float16) for weights in model.get_weights()])  # which the page has
         np.savez(out / "weights" / f"{step}.npz", **{weight.path: np.asarray(weight) for weight in model.weights})
         models.append(model)
     write_draw_page(out, models[-1], test, 100)

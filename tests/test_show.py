@@ -2,17 +2,19 @@
 
 import signal
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from conftest import assert_one_line_error, call, rows, run, send_signal, start
+from conftest import ROOT, assert_one_line_error, call, rows, run, send_signal, start
 from keras import layers
 from PIL import Image
 from skimage import transform
 
 import show
 from cam import bounding_box, class_activation_map, upsample
+from data.dataset import load_dataset
 from experiment.files import UserError
 from experiment.predict import Network, predict_cams
 from lenet import lenet
@@ -169,17 +171,12 @@ def test_a_large_photo_is_scaled_down_and_its_boxes_are_in_its_own_pixels(tmp_pa
         np.testing.assert_allclose(found, 4 * np.array(wanted), atol=16)
 
 
-def test_a_grey_picture_is_inverted_under_the_colours(tmp_path):
-    """As in a run: black would darken them."""
-    shown = {}
-    for name, size in (("grey", 1), ("colour", 3)):
-        pixels = np.zeros((40, 40, 3), np.uint8)
-        pixels[0, 0, size - 1 :] = 255 if size == 3 else 0
-        cams = predict_cams(pixels, classifier(size=(40, 40, 3)), top=1)
-        show.draw(tmp_path / "figure.png", name, cams, cams.maps)
-        shown[name] = np.asarray(Image.open(tmp_path / "figure.png"))[100, 208 + 100].astype(int)
-    assert shown["grey"].min() > 100
-    np.testing.assert_allclose(shown["grey"] - shown["colour"], 127.5, atol=1)
+@pytest.mark.parametrize(("ground", "expected"), [(0, 255), (200, 200)])
+def test_a_digit_on_black_is_drawn_on_white_and_a_grey_photo_as_it_is(ground, expected, tmp_path):
+    pixels = np.full((40, 40, 3), ground, np.uint8)
+    cams = predict_cams(pixels, classifier(size=(40, 40, 3)), top=1)
+    show.draw(tmp_path / "figure.png", "grey", cams, 0 * cams.maps)  # no evidence
+    assert (np.asarray(Image.open(tmp_path / "figure.png"))[100, 208 + 100] == expected).all()
 
 
 def test_images_of_the_same_name_are_all_drawn(lenet_file, tmp_path):
@@ -257,6 +254,19 @@ def test_kinds_of_images_and_flags(lenet_file, tmp_path):
     for flag in ([], ["--relu"]):
         show_images(paths[0], "--model", lenet_file, "--top", 10, "--npy", "--out", tmp_path, *flag)
         assert (np.load(tmp_path / "cam_a.npy").min() < 0) == (not flag)
+
+
+def test_a_fresh_clone_has_a_lenet_and_the_one_of_a_run_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, test = load_dataset(ROOT / "data")
+    Image.fromarray(test.images[3, :, :, 0]).save("digit.png")
+    process = call(show, "digit.png", "--top", 1)
+    assert process.stdout.splitlines()[0] == f"network: {ROOT / 'data' / 'lenet.keras'}"
+    assert process.stdout.splitlines()[2].split()[0] == str(test.labels[3])
+    lenet(classes=3).save("out/lenet.keras")
+    process = call(show, "digit.png", "--top", 5)
+    assert process.stdout.splitlines()[0] == f"network: {Path('out') / 'lenet.keras'}"
+    assert len(rows(tmp_path / "out" / "boxes.csv")) == 3
 
 
 @pytest.mark.parametrize(
