@@ -31,7 +31,7 @@ def alexnet(classes, precision="float32", location_dropout=0.3):
         precision: Keras dtype policy of the convolutions, "float32" or "mixed_bfloat16". Pooled features, softmax
             weights and logits are float32 with either.
         location_dropout: Share of the locations before the last convolution that are hidden in training. Not in the
-            paper, ours: no single part of an object decides.
+            paper, ours; whether it helps depends on the label smoothing, see docs/choosing-settings.md.
 
     Returns:
         Keras model from RGB images (N, H, W, 3), 0..255, to logits S_c (N, C). The feature maps f_k (N, h, w, 1024)
@@ -52,7 +52,7 @@ def alexnet(classes, precision="float32", location_dropout=0.3):
     x = conv(384, 3, name="conv3")(x)
     x = conv(256, 3, name="conv4")(x)
     x = conv(256, 3, name="conv5")(x)  # (N, 13, 13, 256)
-    x = layers.Dropout(location_dropout, noise_shape=(None, None, None, 1), name="location_dropout")(x)
+    x = layers.Dropout(location_dropout, (None, None, None, 1), dtype=precision, name="location_dropout")(x)
     feature_maps = conv(1024, 3, name="feature_maps")(x)  # f_k: (N, 13, 13, 1024)
     pooled = layers.GlobalAveragePooling2D(dtype="float32", name="gap")(feature_maps)  # F_k: (N, 1024)
     pooled = layers.Dropout(0.5, name="dropout")(pooled)  # as in AlexNet's own classifier

@@ -3,7 +3,9 @@
     f_k(x, y)   activation of unit k of the last convolutional layer at location (x, y): the feature maps
     w_k^c       softmax weight of class c for unit k
     F_k         mean of f_k over the locations: global average pooling (in the paper their sum)
-    S_c         sum_k w_k^c F_k: the logit of class c                         equation (1)
+    S_c         sum_k w_k^c F_k: the logit of class c, and with the sums exchanged
+                mean over (x, y) of sum_k w_k^c f_k(x, y)                     equation (1)
+    P_c         exp(S_c) / sum_c exp(S_c): its probability, the softmax
     M_c(x, y)   sum_k w_k^c f_k(x, y): the class activation map of class c    equation (2)
 
 so S_c is the mean of M_c over the locations. Arrays are (N, H, W, ...): images, rows, columns.
@@ -34,8 +36,8 @@ def class_activation_map(feature_maps, softmax_weights):
 def class_activation_model(model, feature_maps="feature_maps", softmax_weights="softmax_weights"):
     """Turns a classifier into a model that gives logits and class activation maps in one forward pass.
 
-    The layer that computes the logits S_c from the pooled features F_k, equation (1), computes the maps M_c, equation
-    (2), when it is applied to the feature maps: at each location, instead of to their mean.
+    The layer that computes the logits S_c = sum_k w_k^c F_k computes the maps M_c, equation (2), when it is applied to
+    the feature maps: at each location, instead of to their mean.
 
     Args:
         model: Functional Keras model: feature maps -> global average pooling -> `Dense(C, use_bias=False)`.
@@ -50,7 +52,7 @@ def class_activation_model(model, feature_maps="feature_maps", softmax_weights="
         ValueError: There is no such layer, or the Dense layer has a bias or an activation.
     """
     f = model.get_layer(feature_maps).output  # f_k: (N, H, W, K)
-    dense = model.get_layer(softmax_weights)  # F_k -> S_c, equation (1); f_k -> M_c, equation (2)
+    dense = model.get_layer(softmax_weights)  # F_k -> S_c; f_k -> M_c, equation (2)
     if dense.use_bias or dense.activation is not keras.activations.linear:
         raise ValueError(f"layer {softmax_weights!r} must be Dense(C, use_bias=False), with no activation")
     return keras.Model(model.input, [model.output, dense(f)], name=f"{model.name}_cam")

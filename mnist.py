@@ -84,7 +84,7 @@ def train_model(settings):
     samples = test.first(settings.samples)  # the S images of the heatmaps
     names = [str(digit) for digit in range(CLASSES)]
 
-    # Images -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c, equation (1)
+    # Images -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c
     model = lenet(1, CLASSES, settings.precision, settings.pooling, settings.location_dropout)
     prepare_training(model, settings, train.images[:256])
     # The same layers and weights: images -> S_c (N, C) and M_c, equation (2) (N, 25, 25, C). M_c is computed from all

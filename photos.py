@@ -89,7 +89,7 @@ def train_model(settings):
     settings.batch_size = min(settings.batch_size, count)
     settings.steps = settings.steps or settings.epochs * count // settings.batch_size
 
-    # Photos -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c, equation (1)
+    # Photos -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c
     recipe = Linear(settings, names) if settings.recipe == "linear" else Gap(settings, names)
     # The same layers and weights: S_c (N, C) and M_c, equation (2) (N, h, w, C)
     cam_model = cam.class_activation_model(recipe.classifier)

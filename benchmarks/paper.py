@@ -98,7 +98,8 @@ def measure(model, test):
 
 def print_table(rows, count, names=("accuracy", *LOCALIZATION)):
     """Prints metrics by name, a list over the seeds in each row, as Markdown: mean and standard deviation."""
-    print(f"\n{count:,} test images; +- is the standard deviation over seeds\n")
+    error = 0.5 / count**0.5  # of a share of one half; others have less
+    print(f"\n{count:,} test images, standard error of a share up to {error:.1%}; +- is the deviation over seeds\n")
     print("| | seeds |", " | ".join(METRIC_TITLES.get(name, name) for name in names), "|")
     print("|---" * (2 + len(names)) + "|")
     for title, measured in rows.items():
@@ -182,7 +183,7 @@ def backpropagation(arguments, train, test):
 def pooling(arguments, train, test):
     rows, examples, first = {}, {}, test.first(COLUMNS)
     for name, dropout in itertools.product(("average", "max"), (0.0, 0.3)):
-        title = f"{name}, location dropout {dropout}"
+        title = f"{name}, {'nothing' if dropout == 0 else '30%'} hidden"
         for seed in range(arguments.seeds):
             file = "default" if (name, dropout) == ("average", 0.3) else f"{name}_{dropout}"
             model = trained(file, seed, train, pooling=name, location_dropout=dropout)

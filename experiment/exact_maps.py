@@ -176,7 +176,7 @@ class LogitsAndMaps(layers.Layer):
         return weighted[0] if same and np.any(probed[0]) else None
 
     def call(self, feature_maps):
-        logits = run(self.head, self.operations[0]([feature_maps]))  # F_k (N, K) -> S_c (N, C), equation (1)
+        logits = run(self.head, self.operations[0]([feature_maps]))  # F_k (N, K) -> S_c (N, C)
         softmax_weights, _ = self.softmax_weights_and_biases()
         return logits, class_activation_map(feature_maps, softmax_weights)
 

@@ -5,7 +5,8 @@
     top1         top-1 localization: the same, and the predicted class is correct
     top5         top-5 localization: the same, and the true class is one of the five with the highest scores
     mean_iou     mean IoU of these boxes; 0 if a map is nowhere positive
-    pointing     pointing game: share of images whose map has its maximum inside the box (Zhang et al. 2016)
+    pointing     pointing game: share of images whose map has its maximum inside the box (Zhang et al. 2016, who also
+                 count a maximum up to 15 pixels outside)
     energy       energy-based pointing game: share of the map's positive mass inside the box, mean over images
                  (Wang et al. 2020)
     max_box_acc  MaxBoxAcc: the best GT-known localization over all thresholds of the normalized map (Choe et al. 2020)
