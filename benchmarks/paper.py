@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import layers
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm, trange
@@ -91,12 +92,19 @@ def other_network(precision="float32", poolings=1, dense=False):
     return keras.Model(images, layers.Dense(CLASSES, use_bias=False, dtype="float32", name="softmax_weights")(x))
 
 
-def measure(model, test):
-    metrics, _, _ = evaluate(cam.class_activation_model(model), test, all_metrics=True)
-    return metrics
+def compare(networks, test, figure):
+    """Prints the metrics of networks, a list over the seeds for each title, and draws the maps of the last of each."""
+    rows, maps, first = {}, {}, test.first(COLUMNS)
+    for title, models in networks.items():
+        cam_models = [cam.class_activation_model(model) for model in models]
+        rows[title] = [evaluate(cam_model, test, all_metrics=True)[0] for cam_model in cam_models]
+        _, _, class_maps = evaluate(cam_models[-1], first)
+        maps[title] = cam.upsample(np.stack(class_maps), *first.images.shape[1:3])
+    print_table(rows, len(test.labels), ("accuracy", *LOCALIZATION))
+    save_figure(figure, first, maps)
 
 
-def print_table(rows, count, names=("accuracy", *LOCALIZATION)):
+def print_table(rows, count, names):
     """Prints metrics by name, a list over the seeds in each row, as Markdown: mean and standard deviation."""
     error = 0.5 / count**0.5  # of a share of one half; others have less
     print(f"\n{count:,} test images, standard error of a share up to {error:.1%}; +- is the deviation over seeds\n")
@@ -105,150 +113,120 @@ def print_table(rows, count, names=("accuracy", *LOCALIZATION)):
     for title, measured in rows.items():
         cells = []
         for name in names:
-            values = [metrics[name] for metrics in measured if name in metrics]
-            form = ",.0f" if values and values[0] > 1 else ".3f" if name in ("mean_iou", "pxap") else ".1%"
+            values = [metrics[name] for metrics in measured]
+            form = ",.0f" if values[0] > 1 else ".3f" if name in ("mean_iou", "pxap") else ".1%"
             spread = f" +- {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):{form}}{spread}" if values else "")
+            cells.append(f"{np.mean(values):{form}}{spread}")
         print(f"| {title} | {len(measured)} |", " | ".join(cells), "|")
 
 
-def save_figure(name, images, rows, boxes):
-    """Writes images with true boxes, and below them a row of maps (H, W) for each title in `rows`, with their boxes."""
-
-    def picture(pixels, box):
-        image = to_image(enlarge(pixels, 200)).convert("RGB")
-        draw_box(image, None if box is None else tuple(box), pixels.shape[1])
-        return image
-
-    grid = [[(picture(image, box), "true box", "black") for image, box in zip(images, boxes, strict=True)]]
+def save_figure(name, test, rows):
+    """Writes the images of a `Split` with their true boxes, and below them rows of maps (H, W) with their boxes."""
+    grid = [[]]
+    for image, boxes in zip(test.images, test.boxes, strict=True):
+        grid[0].append(cell(image, tuple(np.reshape(boxes, (-1, 4))[0]), "true box"))
     for title, maps in rows.items():
-        drawn = [
-            (cam.overlay(image, cam.normalize(m)), cam.bounding_box(m)) for image, m in zip(images, maps, strict=True)
-        ]
-        grid.append([(picture(pixels, box), title, "black") for pixels, box in drawn])
+        grid.append([])
+        for image, class_map in zip(test.images, maps, strict=True):
+            heatmap = cam.overlay(image, cam.normalize(class_map))
+            grid[-1].append(cell(heatmap, cam.bounding_box(class_map), title))
     save_grid(OUT / f"{name}.png", grid)
     print(f"\n{OUT / name}.png")
 
 
-def maps_of(model, test):
-    """M_c of the true classes at the size of the images, (N, H, W)."""
-    _, _, maps = evaluate(cam.class_activation_model(model), test)
-    return cam.upsample(np.stack(maps), *test.images.shape[1:3])
+def cell(pixels, box, title):
+    picture = to_image(enlarge(pixels, 200)).convert("RGB")
+    draw_box(picture, box, pixels.shape[1])
+    return picture, title, "black"
 
 
 def backpropagation(arguments, train, test):
-    import tensorflow as tf
-
     network = Network(arguments.model)
     if arguments.photos:
         photos, _ = load_all_photos(arguments.photos, network.class_names, network.wordnet_ids)
         test = make_split(photos, SHORT_SIDE, lambda photo: network.preprocess(read_photo(photo).pixels))
-    measured, all_logits, examples = {}, [], {}
-    progress = tqdm(total=len(test.labels), disable=None)
-    for inputs in batches(test.inputs, 50):
-        start = len(all_logits)
-        x = tf.convert_to_tensor(inputs, tf.float32)
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            logits, maps = network.cam_model(x)
-            score = tf.reduce_sum(tf.gather(logits, test.labels[start : start + len(x)], axis=1, batch_dims=1))
-        gradients = tape.gradient(score, x).numpy()
-        all_logits += list(logits.numpy())
-        for index, (gradient, class_map) in enumerate(zip(gradients, maps.numpy(), strict=True), start):
-            size = test.images[index].shape[:2]
-            saliency = np.abs(gradient).max(axis=2)  # Simonyan et al. 2014, section 3.1
-            sigma = len(gradient) / len(class_map)  # one location
-            found = {
-                "CAM": class_map[:, :, test.labels[index]],
-                "gradient": saliency,
-                "gradient, blurred": gaussian_filter(saliency, sigma),
-                "gradient x image": np.abs((gradient * inputs[index - start]).sum(axis=2)),
-            }
-            found = {name: cam.upsample(one[None], *size)[0] for name, one in found.items()}
-            for name, one in found.items():
-                measured.setdefault(name, []).append(measure_map(one, test.boxes[index], all_metrics=True))
-                if index < COLUMNS:
-                    examples.setdefault(name, []).append(one)
-            progress.update()
-    progress.close()
+    measured, examples, all_logits = {}, {}, []
+    for inputs in tqdm(batches(test.inputs, 1), total=len(test.labels), disable=None):
+        index = len(all_logits)
+        label, size = test.labels[index], test.images[index].shape[:2]
+        logits, class_map, gradient = differentiate(network.cam_model, inputs, label)
+        all_logits.append(logits)
+        saliency = np.abs(gradient).max(axis=2)  # Simonyan et al. 2014, section 3.1
+        maps = {
+            "CAM": class_map,
+            "gradient": saliency,
+            "gradient, blurred": gaussian_filter(saliency, len(saliency) / len(class_map)),  # by one location
+            "gradient x image": np.abs((gradient * inputs[0]).sum(axis=2)),
+        }
+        for name, one in maps.items():
+            one = cam.upsample(one[None], *size)[0]
+            measured.setdefault(name, []).append(measure_map(one, test.boxes[index], all_metrics=True))
+            examples.setdefault(name, []).append(one)
     true_ranks = ranks(np.array(all_logits), test.labels)
     print_table({name: [summarize(m, true_ranks)] for name, m in measured.items()}, len(test.labels), LOCALIZATION)
-    first = test.first(COLUMNS)
-    boxes = [np.reshape(boxes, (-1, 4))[0] for boxes in first.boxes]
-    save_figure(
-        "backpropagation_photos" if arguments.photos else "backpropagation", list(first.images), examples, boxes
-    )
+    examples = {name: one[:COLUMNS] for name, one in examples.items()}
+    save_figure("backpropagation_photos" if arguments.photos else "backpropagation", test.first(COLUMNS), examples)
+
+
+def differentiate(cam_model, images, label):
+    """S_c (C,), M_c (h, w), and the gradient of S_c with respect to the image, (H, W, channels), of a batch of one."""
+    images = tf.convert_to_tensor(images, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(images)
+        logits, maps = cam_model(images)
+        score = logits[0, label]
+    return logits[0].numpy(), maps[0, :, :, label].numpy(), tape.gradient(score, images)[0].numpy()
 
 
 def pooling(arguments, train, test):
-    rows, examples, first = {}, {}, test.first(COLUMNS)
+    networks = {}
     for name, dropout in itertools.product(("average", "max"), (0.0, 0.3)):
-        title = f"{name}, {'nothing' if dropout == 0 else '30%'} hidden"
-        for seed in range(arguments.seeds):
-            file = "default" if (name, dropout) == ("average", 0.3) else f"{name}_{dropout}"
-            model = trained(file, seed, train, pooling=name, location_dropout=dropout)
-            rows.setdefault(title, []).append(measure(model, test))
-        examples[title] = maps_of(model, first)
-    print_table(rows, len(test.labels))
-    save_figure("pooling", first.images, examples, first.boxes)
+        title = f"{name}, {'30%' if dropout else 'nothing'} hidden"
+        file = "default" if (name, dropout) == ("average", 0.3) else f"{name}_{dropout}"
+        options = {"pooling": name, "location_dropout": dropout}
+        networks[title] = [trained(file, seed, train, **options) for seed in range(arguments.seeds)]
+    compare(networks, test, "pooling")
 
 
 def dense(arguments, train, test):
-    rows = {}
+    rows = {"global average pooling": [], "fully connected, 1,024 units": []}
     for seed in range(arguments.seeds):
-        for title, model in (
-            ("global average pooling", trained("default", seed, train)),
-            ("fully connected, 1,024 units", trained("dense", seed, train, other_network, dense=True)),
-        ):
+        models = trained("default", seed, train), trained("dense", seed, train, other_network, dense=True)
+        for title, model in zip(rows, models, strict=True):
             accuracy = (model.predict(test.images, 50, verbose=0).argmax(axis=1) == test.labels).mean()
             started = time.perf_counter()
             model.predict(test.images, 50, verbose=0)
             speed = len(test.labels) / (time.perf_counter() - started)
-            metrics = {"accuracy": accuracy, "weights": model.count_params(), "images per second": speed}
-            rows.setdefault(title, []).append(metrics)
+            rows[title].append({"accuracy": accuracy, "weights": model.count_params(), "images per second": speed})
     print_table(rows, len(test.labels), ("accuracy", "weights", "images per second"))
 
 
 def resolution(arguments, train, test):
-    rows, examples, first = {}, {}, test.first(COLUMNS)
-    for poolings, title in enumerate(("50 x 50", "25 x 25, the default", "12 x 12")):
-        for seed in range(arguments.seeds):
-            if poolings == 1:
-                model = trained("default", seed, train)
-            else:
-                model = trained(f"poolings_{poolings}", seed, train, other_network, poolings=poolings)
-            rows.setdefault(title, []).append(measure(model, test))
-        examples[title] = maps_of(model, first)
-    print_table(rows, len(test.labels))
-    save_figure("resolution", first.images, examples, first.boxes)
+    networks = {"50 x 50": [], "25 x 25, the default": [], "12 x 12": []}
+    for seed in range(arguments.seeds):
+        for poolings, title in enumerate(networks):
+            name = "default" if poolings == 1 else f"poolings_{poolings}"
+            other = {} if poolings == 1 else {"build": other_network, "poolings": poolings}
+            networks[title].append(trained(name, seed, train, **other))
+    compare(networks, test, "resolution")
 
 
 def features(arguments, train, test):
-    """A linear classifier of the digits 5 to 9 on F_k of networks that have, or have not, seen them."""
-    low, high, unseen = (
-        subset(train, train.labels < 5),
-        subset(train, train.labels >= 5),
-        subset(test, test.labels >= 5),
-    )
-    high, unseen = (split._replace(labels=split.labels - 5) for split in (high, unseen))
-    rows, examples, first = {}, {}, unseen.first(COLUMNS)
-    for title in "untrained", "trained on 0 to 4", "trained on 0 to 9":
-        for seed in range(arguments.seeds):
-            keras.utils.set_random_seed(seed)
-            model = lenet()
-            if title == "trained on 0 to 4":
-                model = trained("digits_0_to_4", seed, low, classes=5)
-            elif title == "trained on 0 to 9":
-                model = trained("default", seed, train)
-            classifier = classify_features(model, high)
-            rows.setdefault(title, []).append(measure(classifier, unseen))
-        examples[title] = maps_of(classifier, first)
-    print_table(rows, len(unseen.labels))
-    save_figure("features", first.images, examples, first.boxes)
+    """Linear classifiers of the digits 5 to 9 on F_k of networks that have, or have not, seen them."""
+    low, high, unseen = subset(train, 0, 4), subset(train, 5, 9), subset(test, 5, 9)
+    networks = {"untrained": [], "trained on 0 to 4": [], "trained on 0 to 9": []}
+    for seed in range(arguments.seeds):
+        set_seed(seed)
+        models = lenet(), trained("digits_0_to_4", seed, low, classes=5), trained("default", seed, train)
+        for title, model in zip(networks, models, strict=True):
+            networks[title].append(classify_features(model, high))
+    compare(networks, unseen, "features")
 
 
-def subset(split, chosen):
-    return Split(*(None if field is None else field[chosen] for field in split))
+def subset(split, first, last):
+    """The images of the classes `first` to `last` of a `Split`, which become the classes 0, 1 ..."""
+    chosen = (split.labels >= first) & (split.labels <= last)
+    return Split(split.images[chosen], split.labels[chosen] - first, split.boxes[chosen])
 
 
 def classify_features(model, train):
@@ -263,23 +241,20 @@ def classify_features(model, train):
 
 
 def crops(arguments, train, test):
-    rows, pictures, images = {}, {}, test.images[:COLUMNS]
+    rows = {"the whole image": [], "box of the predicted class": [], "true box": []}
     for seed in range(arguments.seeds):
         model = trained("default", seed, train)
-        rows.setdefault("the whole image", []).append(measure(model, test))
-        for title, name in ("box of the predicted class's map", "predicted"), ("true box", "true"):
-            boxes = [predicted_boxes(model, split) if name == "predicted" else split.boxes for split in (train, test)]
-            cut = [
-                split._replace(images=cut_out(split.images, b)) for split, b in zip((train, test), boxes, strict=True)
-            ]
-            second = trained(f"crops_{name}", seed, cut[0])
-            predicted = second.predict(cut[1].images, 50, verbose=0).argmax(axis=1)
-            rows.setdefault(title, []).append({"accuracy": (predicted == test.labels).mean()})
-            pictures[title] = cut[1].images[:COLUMNS]
+        found = [split._replace(images=cut_out(split.images, predicted_boxes(model, split))) for split in (train, test)]
+        true = [split._replace(images=cut_out(split.images, split.boxes)) for split in (train, test)]
+        kinds = (train, test), found, true
+        models = model, trained("crops_predicted", seed, found[0]), trained("crops_true", seed, true[0])
+        for title, (_, seen), one in zip(rows, kinds, models, strict=True):
+            accuracy = (one.predict(seen.images, 50, verbose=0).argmax(axis=1) == seen.labels).mean()
+            rows[title].append({"accuracy": accuracy})
     print_table(rows, len(test.labels), ("accuracy",))
-    grid = [[(to_image(255 - enlarge(image, 200)), "test image", "black") for image in images]]
-    for title, row in pictures.items():
-        grid.append([(to_image(255 - enlarge(image, 200)), title, "black") for image in row])
+    grid = []
+    for title, (_, seen) in zip(rows, kinds, strict=True):
+        grid.append([cell(255 - image, None, title) for image in seen.images[:COLUMNS]])
     save_grid(OUT / "crops.png", grid)
 
 
@@ -306,16 +281,16 @@ def cut_out(images, boxes):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comparisons = (backpropagation, pooling, dense, resolution, features, crops)
-    parser.add_argument("comparison", choices=[function.__name__ for function in comparisons])
+    comparisons = "backpropagation", "pooling", "dense", "resolution", "features", "crops"
+    parser.add_argument("comparison", choices=comparisons)
     parser.add_argument("--seeds", default=1, type=int, help="networks of each kind (default: 1)")
     parser.add_argument("--model", default="out/lenet.keras", help="network of backpropagation (default: %(default)s)")
     parser.add_argument("--photos", type=Path, help="photos with true boxes for backpropagation")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     train, test = (None, None) if arguments.photos else load_dataset(Path("data"), RECEPTIVE_FIELD["stride"])
-    [function] = [function for function in comparisons if function.__name__ == arguments.comparison]
-    process.run_script("paper.py", lambda arguments: function(arguments, train, test), arguments)
+    function = globals()[arguments.comparison]
+    process.run_script("paper.py", lambda settings: function(settings, train, test), arguments)
 
 
 if __name__ == "__main__":
