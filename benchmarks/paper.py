@@ -47,7 +47,7 @@ from experiment.training import batch_indices, set_seed
 from lenet import RECEPTIVE_FIELD, lenet
 from photos import SHORT_SIDE, make_split
 
-OUT = Path("out") / "paper"
+DATA, OUT = Path("data"), Path("out/paper")
 LOCALIZATION = ("gt_known", "mean_iou", "pointing", "pxap")
 COLUMNS = 8  # images in a figure
 CROP_SIDE, MARGIN = 32, 4  # pixels: of a crop, as it is scaled; around its box
@@ -75,13 +75,13 @@ def trained(name, seed, train, build=lenet, **options):
 
 def other_network(precision="float32", poolings=1, dense=False):
     """LeNet with another number of poolings after conv2, or with a fully connected layer instead of global pooling."""
-    images = keras.Input((100, 100, 1), name="images")
+    images = keras.Input((100, 100, 1) if dense else (None, None, 1), name="images")
     x = layers.Rescaling(1 / 255)(images)
     x = layers.Conv2D(32, 5, padding="same", activation="relu", dtype=precision, name="conv1")(x)
-    x = layers.MaxPooling2D(2, dtype=precision)(x)  # (N, 50, 50, 32)
+    x = layers.MaxPooling2D(2, padding="same", dtype=precision)(x)  # (N, 50, 50, 32)
     x = layers.Conv2D(64, 5, padding="same", activation="relu", dtype=precision, name="conv2")(x)
     for _ in range(poolings):
-        x = layers.MaxPooling2D(2, dtype=precision)(x)
+        x = layers.MaxPooling2D(2, padding="same", dtype=precision)(x)
     x = layers.Activation("linear", dtype=precision, name="feature_maps")(x)
     if dense:
         x = layers.Dense(1024, activation="relu", dtype=precision)(layers.Flatten()(x))
@@ -202,7 +202,8 @@ def dense(arguments, train, test):
 
 
 def resolution(arguments, train, test):
-    networks = {"50 x 50": [], "25 x 25, the default": [], "12 x 12": []}
+    _, test = load_dataset(DATA, 8)  # 104 x 104 pixels, so that the maps of all three networks fit the images
+    networks = {"50 x 50": [], "25 x 25, the default": [], "13 x 13": []}
     for seed in range(arguments.seeds):
         for poolings, title in enumerate(networks):
             name = "default" if poolings == 1 else f"poolings_{poolings}"
@@ -288,7 +289,7 @@ def main():
     parser.add_argument("--photos", type=Path, help="photos with true boxes for backpropagation")
     arguments = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    train, test = (None, None) if arguments.photos else load_dataset(Path("data"), RECEPTIVE_FIELD["stride"])
+    train, test = (None, None) if arguments.photos else load_dataset(DATA, RECEPTIVE_FIELD["stride"])
     function = globals()[arguments.comparison]
     process.run_script("paper.py", lambda settings: function(settings, train, test), arguments)
 
