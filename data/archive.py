@@ -32,20 +32,15 @@ class File(NamedTuple):
 
 
 def list_files(archive):
-    """Lists a folder, a .tar or a .tar.gz. Links are followed; in an archive a link to one of its files.
+    """The files of a folder, a .tar or a .tar.gz, as `File`s; raises a UserError if it is missing or broken.
 
-    Returns:
-        The files, as `File`s, and the names of links that lead to no file.
-
-    Raises:
-        UserError: It is missing, broken, or an archive of another kind.
+    Links are followed, in an archive to its own files. One that leads to no file is listed, too, but cannot be read.
     """
     if not archive.exists():
         raise UserError(f"{archive} is missing; give a folder or a .tar of photos by --data")
     if archive.is_dir():
-        names = {path: path.relative_to(archive).as_posix() for path in walk(archive)}
-        files = [File(name, path, 0, path.stat().st_size) for path, name in names.items() if path.is_file()]
-        return files, [name for path, name in names.items() if not path.exists()]
+        paths = [(path, path.stat().st_size if path.exists() else 0) for path in walk(archive)]
+        return [File(path.relative_to(archive).as_posix(), path, 0, size) for path, size in paths]
     try:
         path = unpack(archive)
         with tarfile.open(path, "r:") as tar:
@@ -59,17 +54,15 @@ def list_files(archive):
     except OSError as error:
         reason = f"{archive} cannot be read, or unpacked beside itself ({error.strerror})"
         raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
-    files, broken = [], []
+    files = []
     for name, member in members.items():
         if member.issym():
             member = members.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname)), member)
         elif member.islnk():
             member = members.get(posixpath.normpath(member.linkname), member)
-        if member.isreg():
-            files.append(File(name, path, member.offset_data, member.size))
-        elif not member.isdir():
-            broken.append(name)
-    return files, broken
+        if not member.isdir():
+            files.append(File(name, path, member.offset_data, member.size if member.isreg() else 0))
+    return files
 
 
 def unpack(archive):

@@ -25,8 +25,7 @@ def read_boxes(archive, tables, photos, used, class_names):
 
     Args:
         archive: Path of the folder or archive, for messages.
-        tables: The files boxes.csv and .xml, as `File`s.
-        photos: All photos, as `File`s.
+        tables, photos: The files boxes.csv and .xml, and all photos, as `File`s.
         used: The photos to use, with their sizes.
         class_names: Class folder -> name of the class.
 

@@ -160,15 +160,18 @@ def find_photos(archive):
         The photos as `File`s, by name, with their `folder`, and in `part` "train" or "test", or "" if there are no
         separate sets; class folder -> name of the class; files with boxes; notes about what was left out.
     """
-    found, broken = list_files(archive)
-    files = sorted(file for file in found if not is_hidden(file.name))
-    images = [file for file in files if file.name.lower().endswith(SUFFIXES)]
-    tables = [
-        file for file in files if posixpath.basename(file.name) == BOXES_CSV or file.name.lower().endswith(".xml")
-    ]
+    images, tables, other, photos, numbered, notes = [], [], [], [], [], []
+    for file in sorted(list_files(archive)):
+        if is_hidden(file.name):
+            continue
+        if file.name.lower().endswith(SUFFIXES):
+            images.append(file)
+        elif posixpath.basename(file.name) == BOXES_CSV or file.name.lower().endswith(".xml"):
+            tables.append(file)
+        else:
+            other.append(file.name)
     if not images:
         raise UserError(f"{archive} has no photos ({', '.join(SUFFIXES)})")
-    photos, numbered = [], []
     for part, start in find_sets(archive, images).items():
         for image in images:
             path = image.name.removeprefix(start)
@@ -176,14 +179,14 @@ def find_photos(archive):
                 photos.append(image._replace(part=part, folder=path.split("/")[0]))
                 if NUMBERED.fullmatch(path):
                     numbered.append(photos[-1])
-    notes = []
-    add_note(notes, names_of(found) - names_of(images) - names_of(tables), "other files")
-    add_note(notes, broken, "links that lead to no file")
-    add_note(notes, names_of(images) - names_of(photos), "photos outside the class folders")
+    what = "photos outside the class folders"
     names = {folder: printable(folder) for folder in sorted({photo.folder for photo in photos})}
     if names.keys() == {photo.folder for photo in numbered}:  # Caltech-256
-        add_note(notes, names_of(photos) - names_of(numbered), "photos not named as in Caltech-256 (NNN_0001.jpg)")
-        return numbered, {folder: name[4:] for folder, name in names.items()}, tables, notes
+        photos, what = numbered, "photos not named as in Caltech-256 (NNN_0001.jpg)"
+        names = {folder: name[4:] for folder, name in names.items()}
+    placed = {photo.name for photo in photos}
+    add_note(notes, other, "other files")
+    add_note(notes, [image.name for image in images if image.name not in placed], what)
     return photos, names, tables, notes
 
 
@@ -209,10 +212,6 @@ def find_sets(archive, photos):
 def is_hidden(name):
     """Whether a file is what macOS or a network drive puts beside another."""
     return any(part.startswith(".") or part in ("__MACOSX", "@eaDir") for part in name.split("/"))
-
-
-def names_of(files):
-    return {file.name for file in files}
 
 
 def some(names):
