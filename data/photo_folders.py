@@ -13,12 +13,11 @@ import io
 import posixpath
 import re
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from data.archive import File, list_files, printable, read_bytes
 from data.photo_boxes import BOXES_CSV, read_boxes
@@ -235,8 +234,8 @@ def check_photos(archive, photos, names, tables, notes):
         The photos that can be used, with their sizes; name of a photo -> its boxes, (n, 4).
     """
     chosen = [photo for photo in photos if photo.folder in names]
-    with ThreadPoolExecutor(AT_A_TIME) as pool:  # Pillow releases the interpreter lock while it decodes
-        checked = list(tqdm(pool.map(check, chosen), f"checking {archive}", len(chosen), unit=" photos", disable=None))
+    # Pillow releases the interpreter lock while it decodes.
+    checked = thread_map(check, chosen, max_workers=AT_A_TIME, desc=f"checking {archive}", unit=" photos", disable=None)
     add_note(notes, [reason for _, reason in checked if reason], "photos that cannot be used")
     usable = [photo for photo, reason in checked if not reason]
     boxes, strangers = read_boxes(archive, tables, photos, usable, names)
