@@ -3,7 +3,7 @@
     photos/cats/any name.jpg             a folder for each class; the last 10 photos of each, by name, are the test set
     photos/train/cats/any name.jpg       or a training and a test set, which are taken as they are (see TRAIN and TEST)
     photos/test/cats/any name.jpg
-    NNN.name/NNN_0001.jpg                or Caltech-256 as it is; the classes have no number in their names
+    photos/041.mug/any name.jpg          numbers before all classes, as in Caltech-256, are no part of their names
 
 The photos of a class can be at any depth in its folder. Other files, photos that cannot be read, and photos longer than
 8:1 are left out and counted. `photo_boxes.py` reads the true boxes.
@@ -28,7 +28,7 @@ TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
 TRAIN = "train", "training", "train_set", "training_set"  # folders of separate sets, in any case; the first is taken
 TEST = "test", "testing", "test_set", "validation", "valid", "val", "validation_set", "val_set"
-NUMBERED = re.compile(r"([0-9]{3})\.[^/]+/\1_[0-9]{4}\.jpg")  # a photo of Caltech-256
+NUMBERED = re.compile(r"[0-9]{3}\..")  # the folder of a class, as in Caltech-256
 AT_A_TIME = 4  # photos that are checked: a PNG of 48 megapixels takes 220 MB, a transparent one 750 MB
 
 
@@ -159,7 +159,7 @@ def find_photos(archive):
         The photos as `File`s, by name, with their `folder`, and in `part` "train" or "test", or "" if there are no
         separate sets; class folder -> name of the class; files with boxes; notes about what was left out.
     """
-    images, tables, other, photos, numbered, notes = [], [], [], [], [], []
+    images, tables, other, photos, notes = [], [], [], [], []
     for file in sorted(list_files(archive)):
         if is_hidden(file.name):
             continue
@@ -176,16 +176,13 @@ def find_photos(archive):
             path = image.name.removeprefix(start)
             if image.name.startswith(start) and "/" in path:
                 photos.append(image._replace(part=part, folder=path.split("/")[0]))
-                if NUMBERED.fullmatch(path):
-                    numbered.append(photos[-1])
-    what = "photos outside the class folders"
-    names = {folder: printable(folder) for folder in sorted({photo.folder for photo in photos})}
-    if names.keys() == {photo.folder for photo in numbered}:  # Caltech-256
-        photos, what = numbered, "photos not named as in Caltech-256 (NNN_0001.jpg)"
-        names = {folder: name[4:] for folder, name in names.items()}
     placed = {photo.name for photo in photos}
     add_note(notes, other, "other files")
-    add_note(notes, [image.name for image in images if image.name not in placed], what)
+    add_note(notes, [image.name for image in images if image.name not in placed], "photos outside the class folders")
+    names = {folder: printable(folder) for folder in sorted({photo.folder for photo in photos})}
+    short = {folder: name[4:] for folder, name in names.items() if NUMBERED.match(folder)}
+    if len(set(short.values())) == len(names):  # all have numbers, without which they still differ
+        names = short
     return photos, names, tables, notes
 
 
