@@ -13,6 +13,7 @@ import io
 import posixpath
 import re
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
     for photo in photos:
         classes[photo.part, photo.folder].append(photo)
     train, test = [], []
-    for label, (folder, name) in enumerate(names.items()):
+    for folder, name in names.items():
         if separate:
             known, new = classes["train", folder], classes["test", folder]
             if not known:
@@ -95,12 +96,13 @@ def load_photos(archive, chosen=None, test_share=None, fold=None):
                 raise UserError(f"{archive}: {name} has {len(known)} usable training photos; --fold needs {FOLDS}")
             start, end = (fold - 1) * len(known) // FOLDS, fold * len(known) // FOLDS
             known, new = known[:start] + known[end:], known[start:end]
-        train += [(label, photo) for photo in known]
-        test += [(turn, label, photo) for turn, photo in enumerate(new)]
+        train += known
+        test += enumerate(new)
     if not test:
         raise UserError(f"{archive} has no test photo that can be used")
-    in_turn = [(label, photo) for _, label, photo in sorted(test)]
-    return make_photos(train, boxes), make_photos(in_turn, boxes), list(names.values()), notes
+    in_turn = [photo for _, photo in sorted(test, key=itemgetter(0))]
+    labels = {folder: label for label, folder in enumerate(names)}
+    return make_photos(train, labels, boxes), make_photos(in_turn, labels, boxes), list(names.values()), notes
 
 
 def load_all_photos(archive, names, wordnet_ids=None):
@@ -132,7 +134,7 @@ def load_all_photos(archive, names, wordnet_ids=None):
     photos, boxes = check_photos(archive, photos, used, tables, notes)
     if not photos:
         raise UserError(f"{archive} has no photo that can be used")
-    return make_photos([(labels[photo.folder], photo) for photo in photos], boxes), notes
+    return make_photos(photos, labels, boxes), notes
 
 
 def plain(name):
@@ -140,11 +142,10 @@ def plain(name):
     return name.casefold().replace("_", " ").replace("-", " ")
 
 
-def make_photos(labelled, boxes):
-    """`Photos` of (label, file) pairs; `boxes` by the name of the file."""
-    files = [file for _, file in labelled]
-    labels = np.array([label for label, _ in labelled], np.int64)
-    return Photos(files, labels, [boxes.get(file.name) for file in files] if boxes else None)
+def make_photos(files, labels, boxes):
+    """`Photos` of files; `labels` by class folder, `boxes` by the name of the file."""
+    file_labels = np.array([labels[file.folder] for file in files], np.int64)
+    return Photos(files, file_labels, [boxes.get(file.name) for file in files] if boxes else None)
 
 
 def read_photo(file):
@@ -222,13 +223,9 @@ def add_note(notes, left_out, what):
 
 
 def check_photos(archive, photos, names, tables, notes):
-    """Reads the photos of the classes `names` once.
+    """Reads the photos of the classes `names` once, and adds what is left out to the notes; arguments as `find_photos`.
 
-    Args:
-        archive, photos, names, tables, notes: As `find_photos` returns them; what is left out is added to the notes.
-
-    Returns:
-        The photos that can be used, with their sizes; name of a photo -> its boxes, (n, 4).
+    Returns those that can be used, with their sizes, and name of a photo -> its boxes, (n, 4).
     """
     chosen = [photo for photo in photos if photo.folder in names]
     # Pillow releases the interpreter lock while it decodes.
