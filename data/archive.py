@@ -61,7 +61,8 @@ def list_files(archive):
         elif member.islnk():
             member = members.get(posixpath.normpath(member.linkname), member)
         if not member.isdir():
-            files.append(File(name, path, member.offset_data, member.size if member.isreg() else 0))
+            size = member.size if member.isreg() and not member.issparse() else 0  # nothing else can be read
+            files.append(File(name, path, member.offset_data, size))
     return files
 
 
