@@ -25,30 +25,26 @@ class File(NamedTuple):
     path: Path
     offset: int
     size: int
-    width: int = 0  # pixels of a photo, upright
+    part: str = ""  # of a photo: its set, class folder, and pixels, upright
+    folder: str = ""
+    width: int = 0
     height: int = 0
 
 
 def list_files(archive):
-    """Lists a folder, a .tar or a .tar.gz. Links are followed; in an archive those to its files.
+    """The files of a folder, a .tar or a .tar.gz, as `File`s; raises a UserError if it is missing or broken.
 
-    Returns:
-        The files, as `File`s; the names of the folders; the number of links that lead to no file.
-
-    Raises:
-        UserError: It is missing, broken, or an archive of another kind.
+    Links are followed, in an archive to its own files. One that leads to no file is listed, too, but cannot be read.
     """
     if not archive.exists():
         raise UserError(f"{archive} is missing; give a folder or a .tar of photos by --data")
     if archive.is_dir():
-        paths = [(path.relative_to(archive).as_posix(), path) for path in walk(archive)]
-        files = [File(name, path, 0, path.stat().st_size) for name, path in paths if path.is_file()]
-        folders = [name for name, path in paths if path.is_dir()]
-        return files, folders, len(paths) - len(files) - len(folders)
+        paths = [(path, path.stat().st_size if path.exists() else 0) for path in walk(archive)]
+        return [File(path.relative_to(archive).as_posix(), path, 0, size) for path, size in paths]
     try:
         path = unpack(archive)
         with tarfile.open(path, "r:") as tar:
-            members = tar.getmembers()
+            members = {posixpath.normpath(member.name).lstrip("/"): member for member in tar}
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError(f"it breaks off after {len(members):,} files")
@@ -58,22 +54,16 @@ def list_files(archive):
     except OSError as error:
         reason = f"{archive} cannot be read, or unpacked beside itself ({error.strerror})"
         raise UserError(f"{reason}; unpack it elsewhere, and give the folder by --data") from None
-    files, folders, links = {}, [], {}
-    for member in members:
-        name = posixpath.normpath(member.name).lstrip("/")
-        if name in files:
-            raise UserError(f"{archive} has two files {printable(name)}; unpack it, and give the folder by --data")
-        if member.isreg():
-            files[name] = File(name, path, member.offset_data, member.size)
-        elif member.isdir():
-            folders.append(name)
-        else:
-            target = posixpath.join(posixpath.dirname(name), member.linkname) if member.issym() else member.linkname
-            links[name] = posixpath.normpath(target)
-    while found := {name: files[target] for name, target in links.items() if target in files}:
-        files |= {name: file._replace(name=name) for name, file in found.items()}
-        links = {name: target for name, target in links.items() if name not in found}  # a link may lead to a link
-    return list(files.values()), folders, len(links)
+    files = []
+    for name, member in members.items():
+        if member.issym():
+            member = members.get(posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname)), member)
+        elif member.islnk():
+            member = members.get(posixpath.normpath(member.linkname), member)
+        if not member.isdir():
+            size = member.size if member.isreg() and not member.issparse() else 0  # nothing else can be read
+            files.append(File(name, path, member.offset_data, size))
+    return files
 
 
 def unpack(archive):
@@ -95,11 +85,12 @@ def unpack(archive):
 
 
 def walk(folder, above=()):
-    """Yields the paths of all files and folders below a folder; links are followed unless they lead in a circle."""
+    """Yields the paths of all files below a folder; links are followed unless they lead in a circle."""
     above = *above, folder.resolve()
     for path in folder.iterdir():
-        yield path
-        if path.is_dir() and path.resolve() not in above:
+        if not path.is_dir():
+            yield path
+        elif path.resolve() not in above:
             yield from walk(path, above)
 
 

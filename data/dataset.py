@@ -33,7 +33,6 @@ LOCK = "img.lock"  # held while images are extracted or generated
 MAX_PNG = 1 << 20  # bytes; one of 100 x 100 pixels has about 600
 MAX_HEADERS = 1 << 16  # bytes in the tarball before each PNG
 MAX_IMAGE_SIDE = 1000  # pixels
-MAX_TABLE = 1 << 24  # bytes of labels.txt or boxes.txt; enough for a million lines
 
 
 class Split(NamedTuple):
@@ -68,11 +67,9 @@ def load_dataset(folder, multiple_of=1):
         UserError: A file is missing, broken, or does not fit the others.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; --data takes the folder that holds {TARBALL} and {LABELS}")
     for path in folder / LABELS, folder / TARBALL:
         if not path.exists():
-            raise UserError(f"{path} is missing; python -m data.generate makes a data folder")
+            raise UserError(f"{path} is missing; --data takes a folder, as python -m data.generate makes it")
     labels, boxes = read_table(folder / LABELS, columns=1)[:, 0], None
     check_lines(folder / LABELS, labels < CLASSES, f"the label is not in 0..{CLASSES - 1}")
     images = load_images(folder, len(labels))
@@ -93,9 +90,6 @@ def load_dataset(folder, multiple_of=1):
 
 def read_table(path, columns):
     """Reads lines of "index<TAB>number ...", index 1, 2, 3 ..., as an int64 array (lines, columns)."""
-    size = path.stat().st_size
-    if size > MAX_TABLE:
-        raise UserError(f"{path} has {size:,} bytes; the limit is {MAX_TABLE:,}")
     lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     if len(lines) < 2:
         raise UserError(f"{path} has {len(lines)} lines; it must have at least 2, a training and a test image")

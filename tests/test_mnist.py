@@ -201,7 +201,10 @@ def test_fresh_starts_over(small_data, tmp_path):
     [
         (["--data", "nowhere"], ["nowhere/labels.txt is missing"]),
         (["--data", "BROKEN"], ["mnist_cluttered.tar.gz is not a complete .tar.gz"]),
-        (["--data", "data/mnist_cluttered.tar.gz"], ["mnist_cluttered.tar.gz is a file; --data takes the folder"]),
+        (
+            ["--data", "data/mnist_cluttered.tar.gz"],
+            ["mnist_cluttered.tar.gz/labels.txt is missing; --data takes a folder"],
+        ),
         (["--rotation", "10"], ["unrecognized arguments: --rotation 10"]),
         (["--batch-size", "22"], ["--batch-size 22", "21 training images"]),
         (["--learning-rate", "nan"], ["--learning-rate", "nan"]),

@@ -18,7 +18,7 @@ def boxes_of(photos):
 def test_boxes(tmp_path):
     files = PETS | {"pets/boxes.csv": ("\ufeff" + BOX_LINES + "\ncats/none.png,1,1,2,2\n").encode()}
     train, test, _, notes = load_photos(write_tar(tmp_path / "pets.tar", files))
-    assert notes == ["boxes without a photo left out: 1"]
+    assert notes == ["boxes without a photo left out: 1, such as pets/cats/none.png"]
     assert boxes_of(test) == {"pets/cats/cats no 12.PNG": [[1, 2, 11, 12], [0, 0, 40, 30]]}
     assert boxes_of(train) == {"pets/dogs/dogs no 00.PNG": [[3, 4, 5, 6.5]]}
     photos, _ = load_all_photos(tmp_path / "pets.tar", ["emus", "dogs"])
@@ -62,7 +62,7 @@ def test_pascal_voc_boxes(tmp_path):
     folder = write_folder(tmp_path, {name.replace("annots", "pets/annots"): files[name] for name in files})
     train, test, names, notes = load_photos(folder, test_share=0.5)
     assert names == ["cats", "dogs"]
-    assert notes == ["boxes without a photo left out: 1"]
+    assert notes == ["boxes without a photo left out: 1, such as pets/annots/2.xml"]
     assert boxes_of(train) | boxes_of(test) == {
         "pets/cats/1.png": [[1, 2, 3, 4.5], [5, 6, 7, 8]],
         "pets/cats/cat.png": [[1, 2, 40, 30]],

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import re
 import tarfile
 
 import numpy as np
@@ -82,18 +83,13 @@ def test_what_is_out_of_the_ordinary(tmp_path):
         f"{bike}18.jpg": encoded(np.zeros((20, 161, 3), np.uint8)),
         f"{bike}19.jpg": b"",
         "256_ObjectCategories/001.bike/RENAME2": b"a list",
-        "256_ObjectCategories/001.bike/002_0001.jpg": encoded(grey),
-        "256_ObjectCategories/001.bike/more/001_0001.jpg": encoded(grey),
     }
     train, test, names, notes = load_photos(write_tar(tmp_path / "archive.tar", files))
     assert names == ["bike", "mug", "mouse"]
-    unreadable = "(unknown format; convert it to PNG)"
+    reason = "is not a readable image (unknown format; convert it to PNG)"
     assert notes == [
-        "other files left out: 1",
-        "photos not named as in Caltech-256 (NNN_0001.jpg) left out: 2",
-        f"photos that cannot be read left out: 4: {bike}15.jpg {unreadable}, {bike}16.jpg (image file is "
-        f"truncated (3 bytes not processed)), {bike}17.jpg {unreadable}, ...",
-        "photos with an aspect ratio above 8:1 left out: 1",
+        "other files left out: 1, such as 256_ObjectCategories/001.bike/RENAME2",
+        f"photos that cannot be used left out: 5, such as {bike}15.jpg {reason}",
     ]
     assert len(train.files) + len(test.files) == len(FILES) + 2
 
@@ -132,7 +128,7 @@ def test_photos_of_all_kinds_are_read_as_show_py_reads_them(tmp_path):
     assert (pixels["a/deep.png"].min(), pixels["a/deep.png"].max()) == (0, 255)
     assert pixels["b/transparent.png"].min() == 255
     (tmp_path / "kinds.tar").unlink()
-    with pytest.raises(UserError, match=r"kinds\.tar cannot be read \(No such file"):
+    with pytest.raises(FileNotFoundError, match=r"kinds\.tar"):
         read_photo(test.files[0])
 
 
@@ -149,9 +145,9 @@ def test_archives_that_cannot_be_used(tmp_path):
         assert_refused(r"part\.tar is not a complete", tmp_path / "part.tar")
     few = write_tar(tmp_path / "few.tar", FILES | photos_of("003.cup", 10))
     assert_refused("cup has 10 usable photos; at least 11", few)
-    with tarfile.open(tar, "a") as members:
+    with tarfile.open(tar, "a") as members:  # as by tar -r; the last one counts, as when it is unpacked
         members.addfile(members.getmembers()[0], io.BytesIO(next(iter(FILES.values()))))
-    assert_refused("two files 256_ObjectCategories/002.mug/002_0001.jpg", tar)
+    assert len(load_photos(tar)[0].labels) == 9
 
 
 def shade(value, size=(40, 30)):
@@ -179,7 +175,10 @@ def test_a_folder_for_each_class(write, root, tmp_path):
     archive = write(tmp_path / "pets", files)
     train, test, names, notes = load_photos(archive)
     assert names == ["cats", "dogs"]
-    assert notes == ["other files left out: 5", "photos outside the class folders left out: 1"]
+    assert [note.split(",")[0] for note in notes] == [
+        "other files left out: 1",
+        "photos outside the class folders left out: 1",
+    ]
     assert names_of(train) == [f"cats no {k:02}.PNG" for k in range(3)] + [f"dogs no {k:02}.PNG" for k in range(4)]
     assert names_of(test)[-2:] == ["cats no 12.PNG", "deeper.jpg"]
     assert test.labels.tolist() == 10 * [0, 1]
@@ -225,7 +224,7 @@ def test_links_in_a_tar(tmp_path):
     links = {
         ("dogs/0.png", tarfile.LNKTYPE): "cats/0.png",
         ("dogs/1.png", tarfile.SYMTYPE): "../cats/1.png",
-        ("dogs/2.png", tarfile.SYMTYPE): "1.png",
+        ("dogs/2.png", tarfile.SYMTYPE): "../cats/./1.png",
         ("dogs/3.png", tarfile.SYMTYPE): "../cats/none.png",
         ("cats/circle", tarfile.SYMTYPE): "../cats",
     }
@@ -235,7 +234,9 @@ def test_links_in_a_tar(tmp_path):
             member.type, member.linkname = kind, target
             archive.addfile(member)
     train, test, names, notes = load_photos(tar, test_share=0.1)
-    assert (names, notes) == (["cats", "dogs"], ["other files left out: 1", "links that lead to no file left out: 2"])
+    assert names == ["cats", "dogs"]
+    assert notes[0] == "other files left out: 2, such as cats/circle"
+    assert notes[1].startswith("photos that cannot be used left out: 1, such as dogs/3.png is not a readable image")
     found = {photo.name: read_photo(photo).pixels[0, 0, 0] for photo in train.files + test.files}
     assert found == {f"cats/{k}.png": k for k in range(4)} | {"dogs/0.png": 0, "dogs/1.png": 1, "dogs/2.png": 1}
 
@@ -247,7 +248,9 @@ def test_links_in_a_folder(tmp_path):
     (elsewhere / "circle").symlink_to(folder)
     (folder / "cats" / "2.png").symlink_to("none.png")
     train, test, names, notes = load_photos(folder, test_share=0.1)
-    assert (names, notes) == (["cats", "dogs"], ["links that lead to no file left out: 1"])
+    assert names == ["cats", "dogs"]
+    assert len(notes) == 1
+    assert re.match(r"photos that cannot be used left out: 1, such as .*data/cats/2\.png", notes[0])
     assert names_of(train) + names_of(test) == ["0.png", "0.png", "1.png", "1.png", "2.png"]
 
 
@@ -270,31 +273,27 @@ def test_a_training_and_a_test_set_are_taken_as_they_are(folders, tmp_path):
     files |= {f"pets/{test_name}/dogs/{k}.png": shade(k) for k in range(2)} | {"pets/old/dogs/1.png": shade(1)}
     train, test, names, notes = load_photos(write_folder(tmp_path / "data", files))
     assert (names, train.labels.tolist(), test.labels.tolist()) == (["cats", "dogs"], [0, 0, 0, 1, 1, 1], [1, 1])
-    assert notes == ["photos outside the class folders left out: 1"]
+    assert notes == ["photos outside the class folders left out: 1, such as pets/old/dogs/1.png"]
     assert_refused("--test-share is for data without one", tmp_path / "data", test_share=0.5)
     write_folder(tmp_path / "data", {f"pets/{test_name}/emus/1.png": shade(1)})
-    assert_refused("emus is in the test set, but not in the training set", tmp_path / "data")
+    assert_refused("emus has no training photo that can be used", tmp_path / "data")
 
 
 def test_of_a_validation_and_a_test_set_the_test_set_is_taken(tmp_path):
     files = {f"{part}/{name}/{part}.png": shade(1) for part in ("test", "train", "val") for name in ("cats", "dogs")}
     _, test, _, notes = load_photos(write_folder(tmp_path / "data", files))
-    assert (names_of(test), notes) == (["test.png"] * 2, ["photos outside the class folders left out: 2"])
+    assert names_of(test) == ["test.png"] * 2
+    assert notes == ["photos outside the class folders left out: 2, such as val/cats/val.png"]
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         ("train/cats/1 train/dogs/1 holdout/cats/1", "has train/, .* a training set is a folder named train, "),
-        (
-            "train/cats/1 train/dogs/1 test/1",
-            "test/ has no class folders; a training set is a folder named train, ",
-        ),
-        ("val/cats/1 test/cats/1", "has test/, val/, but not one training and one test set"),
-        ("train/cats/1 training/dogs/1 test/cats/1", "has train/, training/, test/, but not one"),
+        ("train/cats/1 train/dogs/1 test/1", "data.tar has no test photo that can be used"),
+        ("val/cats/1 test/cats/1", "has test/, val/, but not a training and a test set"),
         ("1 2", "no class folders; expected is photos/CLASS/NAME.jpg, with two classes or more"),
         ("cats/1 cats/2", r"one class \(cats\); expected is photos/CLASS/NAME.jpg, with two classes or more"),
-        ("a\nb/1 a\tb/1", "has class folders whose names differ only in characters that are not printable"),
     ],
 )
 def test_layouts_that_are_refused(names, message, tmp_path):
@@ -307,7 +306,7 @@ def test_layouts_that_are_refused(names, message, tmp_path):
     [
         ("cats/persian cats/siamese dogs", "cats dogs"),
         ("bus car train", "bus car train"),  # not a training set
-        ("001.Albatross 002.Auklet", "001.Albatross 002.Auklet"),  # CUB-200
+        ("001.Albatross 002.Auklet", "Albatross Auklet"),  # CUB-200
         ("a\N{IDEOGRAPHIC SPACE}b \N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}",) * 2,
         ("a\nb c\udcffd", "a|b c?d"),
     ],
@@ -341,11 +340,8 @@ def test_numbers_that_tell_classes_apart_stay(tmp_path):
     assert train.labels.tolist() == [0, 1]
 
 
-def test_empty_folders_and_unreadable_classes(tmp_path):
-    folder = write_folder(tmp_path / "data", PETS)
-    (folder / "pets" / "emus").mkdir()
-    assert load_photos(folder)[3] == ["empty folders left out: 1"]
-    (folder / "pets" / "emus" / "1.png").write_bytes(b"no photo")
+def test_unreadable_classes(tmp_path):
+    folder = write_folder(tmp_path / "data", PETS | {"pets/emus/1.png": b"no photo"})
     assert_refused("emus has 0 usable photos; at least 11 are needed", folder)
     assert_refused("has no photos", write_folder(tmp_path / "nothing", JUNK))
     assert_refused(r"one class \(cats\); expected is photos/CLASS/NAME.jpg", folder, ["cats"])
@@ -355,7 +351,7 @@ def test_all_photos_of_the_classes_of_a_model(tmp_path):
     tar = write_tar(tmp_path / "pets.tar", PETS)
     photos, notes = load_all_photos(tar, ["emus", "dogs"])
     assert photos.labels.tolist() == [1] * 13
-    assert notes == ["photos of classes that the network does not have left out: 13: cats"]
+    assert notes == ["classes that the network does not have left out: 1, such as cats"]
     with pytest.raises(UserError, match=r"no folder with the name of a class of the network: 0, .* 8, 9, \.\.\.$"):
         load_all_photos(tar, list(map(str, range(1000))))
     names, wordnet_ids = ["crane", "emu", "crane"], ["n02012849", "n01518878", "n03126707"]
@@ -364,5 +360,5 @@ def test_all_photos_of_the_classes_of_a_model(tmp_path):
     mugs = write_tar(tmp_path / "mugs.tar", {f"{folder}/1.png": shade(1) for folder in ("Coffee-Mug", "tea pot")})
     assert load_all_photos(mugs, ["coffee_mug", "tea_pot"])[0].labels.tolist() == [0, 1]
     write_tar(cranes, {"crane/1.png": shade(1)})
-    with pytest.raises(UserError, match="2 classes are named crane; name the folder n02012849 or n03126707"):
+    with pytest.raises(UserError, match="2 classes are named crane; give the folder its WordNet id"):
         load_all_photos(cranes, names, wordnet_ids)
