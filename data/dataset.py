@@ -33,6 +33,7 @@ LOCK = "img.lock"  # held while images are extracted or generated
 MAX_PNG = 1 << 20  # bytes; one of 100 x 100 pixels has about 600
 MAX_HEADERS = 1 << 16  # bytes in the tarball before each PNG
 MAX_IMAGE_SIDE = 1000  # pixels
+MAX_TABLE = 1 << 24  # bytes of labels.txt or boxes.txt; enough for a million lines
 
 
 class Split(NamedTuple):
@@ -90,6 +91,8 @@ def load_dataset(folder, multiple_of=1):
 
 def read_table(path, columns):
     """Reads lines of "index<TAB>number ...", index 1, 2, 3 ..., as an int64 array (lines, columns)."""
+    if path.stat().st_size > MAX_TABLE:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes; the limit is {MAX_TABLE:,}")
     lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     if len(lines) < 2:
         raise UserError(f"{path} has {len(lines)} lines; it must have at least 2, a training and a test image")

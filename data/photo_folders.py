@@ -198,7 +198,7 @@ def find_sets(archive, photos):
         root += f"{tops[0]}/"  # a single folder that has others
     by_name = {top.lower(): f"{root}{top}/" for top in tops}
     train, test = ([by_name[name] for name in known if name in by_name] for known in (TRAIN, TEST))
-    if train and test:
+    if len(train) == 1 and test:
         return {"train": train[0], "test": test[0]}
     if any(path[0].lower() in TRAIN + TEST and len(path) > 2 for path in paths):
         needed = f"a training set is a folder named {', '.join(TRAIN)}, a test set one named {', '.join(TEST)}"

@@ -199,6 +199,14 @@ def test_hostile_tarballs(tmp_path, pieces, says):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "img.lock", "labels.txt", TARBALL]
 
 
+def test_a_table_of_gigabytes_is_not_read(tmp_path, random_images):
+    folder = write_data(tmp_path, random_images, LABELS)
+    with (folder / "labels.txt").open("r+b") as file:
+        file.truncate(10 << 30)  # holes: it takes no space
+    with pytest.raises(UserError, match=r"labels\.txt has 10,737,418,240 bytes; the limit is"):
+        load_dataset(folder)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "not a tarball", "empty", "empty archive"])
 def test_broken_tarballs(tmp_path, random_images, damage):
     folder = write_data(tmp_path / "data", random_images, LABELS)
