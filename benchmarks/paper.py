@@ -50,6 +50,7 @@ from photos import SHORT_SIDE, make_split
 DATA, OUT = Path("data"), Path("out/paper")
 LOCALIZATION = ("gt_known", "mean_iou", "pointing", "pxap")
 COLUMNS = 8  # images in a figure
+BLURS = 0.25, 0.5, 1  # standard deviations, in locations of a map
 CROP_SIDE, MARGIN = 32, 4  # pixels: of a crop, as it is scaled; around its box
 
 
@@ -152,12 +153,11 @@ def backpropagation(arguments, train, test):
         logits, class_map, gradient = differentiate(network.cam_model, inputs, label)
         all_logits.append(logits)
         saliency = np.abs(gradient).max(axis=2)  # Simonyan et al. 2014, section 3.1
-        maps = {
-            "CAM": class_map,
-            "gradient": saliency,
-            "gradient, blurred": gaussian_filter(saliency, len(saliency) / len(class_map)),  # by one location
-            "gradient x image": np.abs((gradient * inputs[0]).sum(axis=2)),
-        }
+        maps = {"CAM": class_map, "gradient": saliency}
+        for share in BLURS:
+            sigma = share * len(saliency) / len(class_map)
+            maps[f"gradient, blurred by {share} locations"] = gaussian_filter(saliency, sigma)
+        maps["gradient x image"] = np.abs((gradient * inputs[0]).sum(axis=2))
         for name, one in maps.items():
             one = cam.upsample(one[None], *size)[0]
             measured.setdefault(name, []).append(measure_map(one, test.boxes[index], all_metrics=True))
