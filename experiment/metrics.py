@@ -114,7 +114,8 @@ def format_metrics(metrics, count, images="test images"):
     formats = {"threshold": ".2f", "boxed": ","}
     shown = {name: format(value, formats.get(name, ".2%")) for name, value in metrics.items()}
     lines = [f"    {title:<24}{shown[name]:>8}" for name, title in METRIC_TITLES.items() if name in metrics]
-    lines[0] += f" +- {(metrics['accuracy'] * (1 - metrics['accuracy']) / count) ** 0.5:.2%}"
+    error = (metrics["accuracy"] * (1 - metrics["accuracy"]) / count) ** 0.5
+    lines[0] += f" (standard error {error:.2%})"
     return "\n".join([f"on all {count:,} {images}", *lines])
 
 
