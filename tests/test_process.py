@@ -12,7 +12,7 @@ from data.dataset import load_dataset
 from experiment import process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-MISSING = "nowhere/labels.txt is missing; python -m data.generate makes a data folder"
+MISSING = "nowhere/labels.txt is missing; --data takes a folder, as python -m data.generate makes it"
 
 
 @pytest.fixture
