@@ -90,7 +90,7 @@ def overlay(image, heatmap, colormap="jet", opacity=0.5):
         image: (H, W), (H, W, 1) or (H, W, 3) uint8.
         heatmap: (H, W), 0..1: a map upsampled to the size of the image, and normalized.
         colormap: Name of a matplotlib colormap.
-        opacity: Opacity of the heatmap, 0..1, also of each pixel, (H, W, 1).
+        opacity: Opacity of the heatmap, 0..1: one number, or one for each pixel, (H, W, 1).
 
     Raises:
         ValueError: The image is not uint8, or the heatmap has values beyond 0..1 or NaN.

@@ -70,8 +70,8 @@ DRAW_STEPS = 8  # steps whose weights are kept, for out/draw.html
 def train_model(settings):
     set_seed(settings.seed)
 
-    # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4). Other sizes are padded to multiples
-    # of LeNet's stride, or the maps would not lie where the image does.
+    # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4). Images of other sizes are padded to
+    # multiples of LeNet's stride, so that a map covers its image exactly.
     train, test = load_dataset(settings.data, RECEPTIVE_FIELD["stride"])
     count, (height, width) = len(train.labels), train.images.shape[1:3]
     print(f"{settings.data}: {count:,} training images, {len(test.labels):,} test images", flush=True)

@@ -7,15 +7,15 @@
     python benchmarks/paper.py features          section 4, table 5: digits that the network has never seen
     python benchmarks/paper.py crops             section 4.1, table 4: classifying what the box of a map shows
 
-Each prints a table and writes a figure to out/paper. Networks are trained as by `python mnist.py`, which takes minutes
-each, and kept there: what was stopped goes on, and comparisons share them. `--seeds 3` trains three of each.
+Each prints a table, and writes a figure to out/paper if there are maps or crops to show. Networks are trained as by
+`python mnist.py`, which takes minutes each (half an hour with the fully connected layer), and their weights are kept
+there: comparisons share them. `--seeds 3` trains three of each.
 
     python benchmarks/paper.py backpropagation --model out/photos/efficientnetb0.keras --photos kangaroos.tar
 
 takes a network and photos with true boxes instead.
 """
 
-import argparse
 import itertools
 import sys
 import time
@@ -40,9 +40,11 @@ import mnist
 from data.dataset import CLASSES, Split, load_dataset
 from data.photo_folders import load_all_photos, read_photo
 from experiment.figures import save_grid
+from experiment.files import UserError, atomic_write
 from experiment.metrics import METRIC_TITLES, batches, evaluate, measure_map, ranks, summarize
 from experiment.pictures import draw_box, enlarge, to_image
 from experiment.predict import Network
+from experiment.settings import ArgumentParser, bounded
 from experiment.training import batch_indices, set_seed
 from lenet import RECEPTIVE_FIELD, lenet
 from photos import SHORT_SIDE, make_split
@@ -55,7 +57,7 @@ CROP_SIDE, MARGIN = 32, 4  # pixels: of a crop, as it is scaled; around its box
 
 def trained(name, seed, train, build=lenet, flags=(), **options):
     """The network that `build` makes, trained on a `Split` as by mnist.py; its weights are kept by its name."""
-    file = OUT / f"{name}_{seed}.weights.h5"
+    file = OUT / f"{name}_{seed}.npz"
     settings = mnist.parse_arguments(["--seed", str(seed), *flags])
     if build is lenet:
         options = {"location_dropout": settings.location_dropout} | options
@@ -67,9 +69,11 @@ def trained(name, seed, train, build=lenet, flags=(), **options):
         for step in trange(settings.steps, desc=f"{name}, seed {seed}", disable=None):
             batch = batch_indices(step, settings.batch_size, len(one_hot), settings.order, settings.seed)
             model.train_on_batch(train.images[batch], one_hot[batch])
-        model.save_weights(file)
+        with atomic_write(file) as part, part.open("wb") as npz:
+            np.savez(npz, *model.get_weights())
     model = build(**options)  # with float32 layers
-    model.load_weights(file)
+    with np.load(file) as weights:
+        model.set_weights([weights[name] for name in weights.files])
     return model
 
 
@@ -145,6 +149,8 @@ def backpropagation(arguments, train, test):
     if arguments.photos:
         photos, _ = load_all_photos(arguments.photos, network.class_names, network.wordnet_ids)
         test = make_split(photos, SHORT_SIDE, lambda photo: network.preprocess(read_photo(photo).pixels))
+        if test.boxes is None or any(boxes is None for boxes in test.boxes):
+            raise UserError(f"{arguments.photos}: each photo must have a true box")
     measured, examples, all_logits = {}, {}, []
     for inputs in tqdm(batches(test.inputs, 1), total=len(test.labels), disable=None):
         index = len(all_logits)
@@ -284,18 +290,20 @@ def cut_out(images, boxes):
     return np.stack(cut)[..., None]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comparisons = "backpropagation", "pooling", "dense", "resolution", "features", "crops"
-    parser.add_argument("comparison", choices=comparisons)
-    parser.add_argument("--seeds", default=1, type=int, help="networks of each kind (default: 1)")
-    parser.add_argument("--model", default="out/lenet.keras", help="network of backpropagation (default: %(default)s)")
-    parser.add_argument("--photos", type=Path, help="photos with true boxes for backpropagation")
-    arguments = parser.parse_args()
+def compare_as_asked(arguments):
     OUT.mkdir(parents=True, exist_ok=True)
     train, test = (None, None) if arguments.photos else load_dataset(DATA, RECEPTIVE_FIELD["stride"])
-    function = globals()[arguments.comparison]
-    process.run_script("paper.py", lambda settings: function(settings, train, test), arguments)
+    globals()[arguments.comparison](arguments, train, test)
+
+
+def main(arguments=None):
+    parser = ArgumentParser("paper.py", __doc__)
+    comparisons = "backpropagation", "pooling", "dense", "resolution", "features", "crops"
+    parser.add_argument("comparison", choices=comparisons)
+    parser.add_argument("--seeds", default=1, type=bounded(1), help="networks of each kind (default: 1)")
+    parser.add_argument("--model", default="data/lenet.keras", help="network of backpropagation (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, help="photos with true boxes for backpropagation")
+    process.run_script("paper.py", compare_as_asked, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

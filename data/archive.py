@@ -25,9 +25,9 @@ class File(NamedTuple):
     path: Path
     offset: int
     size: int
-    part: str = ""  # of a photo: its set, class folder, and pixels, upright
-    folder: str = ""
-    width: int = 0
+    part: str = ""  # of a photo: "train" or "test", or "" if the sets are not separate
+    folder: str = ""  # that of its class
+    width: int = 0  # pixels, upright
     height: int = 0
 
 
@@ -88,9 +88,9 @@ def walk(folder, above=()):
     """Yields the paths of all files below a folder; links are followed unless they lead in a circle."""
     above = *above, folder.resolve()
     for path in folder.iterdir():
-        if not path.is_dir():
+        if path.is_file() or not path.exists():
             yield path
-        elif path.resolve() not in above:
+        elif path.is_dir() and path.resolve() not in above:
             yield from walk(path, above)
 
 

@@ -27,7 +27,7 @@ from experiment.images import MAX_ASPECT_RATIO, SUFFIXES, read_picture
 
 TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
-TRAIN = "train", "training", "train_set", "training_set"  # folders of separate sets, in any case; the first is taken
+TRAIN = "train", "training", "train_set", "training_set"  # folders of separate sets, in any case
 TEST = "test", "testing", "test_set", "validation", "valid", "val", "validation_set", "val_set"
 NUMBERED = re.compile(r"[0-9]{3}\..")  # the folder of a class, as in Caltech-256
 AT_A_TIME = 4  # photos that are checked: a PNG of 48 megapixels takes 220 MB, a transparent one 750 MB
@@ -124,7 +124,8 @@ def load_all_photos(archive, names, wordnet_ids=None):
         if wordnet_ids and folder in wordnet_ids:
             same = [wordnet_ids.index(folder)]
         if len(same) > 1:
-            raise UserError(f"{archive}: {len(same)} classes are named {title}; give the folder its WordNet id")
+            ids = " or ".join(wordnet_ids[label] for label in same) if wordnet_ids else "another name"
+            raise UserError(f"{archive}: {len(same)} classes are named {title}; name the folder {ids}")
         if same:
             labels[folder] = same[0]
     if not labels:
@@ -160,7 +161,7 @@ def find_photos(archive):
         The photos as `File`s, by name, with their `folder`, and in `part` "train" or "test", or "" if there are no
         separate sets; class folder -> name of the class; files with boxes; notes about what was left out.
     """
-    images, tables, other, photos, notes = [], [], [], [], []
+    images, tables, other, empty, photos, notes = [], [], [], [], [], []
     for file in sorted(list_files(archive)):
         if is_hidden(file.name):
             continue
@@ -177,8 +178,12 @@ def find_photos(archive):
             path = image.name.removeprefix(start)
             if image.name.startswith(start) and "/" in path:
                 photos.append(image._replace(part=part, folder=path.split("/")[0]))
+        if archive.is_dir():
+            folders = {path.name for path in (archive / start).iterdir() if path.is_dir() and not is_hidden(path.name)}
+            empty += folders - {file.name.removeprefix(start).split("/")[0] for file in [*images, *tables]}
     placed = {photo.name for photo in photos}
     add_note(notes, other, "other files")
+    add_note(notes, empty, "empty folders")
     add_note(notes, [image.name for image in images if image.name not in placed], "photos outside the class folders")
     names = {folder: printable(folder) for folder in sorted({photo.folder for photo in photos})}
     short = {folder: name[4:] for folder, name in names.items() if NUMBERED.match(folder)}

@@ -40,7 +40,7 @@ def preprocess_digit(pixels):
     if drawn.max() == 0:
         raise UserError("no digit is found")
     if np.median(drawn) == 0 and max(grey.shape) <= MAX_CLUTTER_SIDE and not is_large(drawn):
-        return np.rint(resize(drawn, drawn.shape)).astype(np.uint8)
+        return np.rint(resize_to_stride(drawn, drawn.shape)).astype(np.uint8)
     ink, sheet = find_ink(pixels)
     mask = find_digit(ink, sheet)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -51,14 +51,15 @@ def preprocess_digit(pixels):
     width = mask.sum() / morphology.skeletonize(mask).sum()  # of the strokes
     thicken = morphology.disk(max(0, round((STROKE * side - width) / 2)))
     ink = morphology.dilation(ink * morphology.dilation(mask, morphology.disk(2)), thicken)
-    digit = resize(ink, np.multiply(ink.shape, scale))
+    digit = resize_to_stride(ink, np.multiply(ink.shape, scale))
     return np.rint(255 * (digit / digit.max()).clip(0, 1)).astype(np.uint8)
 
 
-def resize(image, shape):
-    """Scales (H, W) to about that shape: to multiples of LeNet's stride."""
-    stride = RECEPTIVE_FIELD["stride"]
-    shape = tuple(max(2, round(length / stride)) * stride for length in shape)
+def resize_to_stride(image, shape):
+    """Scales (H, W) to about that shape: to multiples of LeNet's stride, in proportions as near as these allow."""
+    stride, longer = RECEPTIVE_FIELD["stride"], max(shape)
+    scale = stride * round(longer / stride) / longer
+    shape = tuple(stride * max(2, round(scale * length / stride)) for length in shape)
     if image.shape == shape:
         return image
     return transform.resize(image, shape, preserve_range=True, anti_aliasing=True)

@@ -45,7 +45,8 @@ def load_keras2(path):
     try:
         model.load_weights(path)
     except ValueError:
-        raise NotImplementedError("its weights do not fit; as .h5, which Keras 2 can save, they may") from None
+        hint = "; save it as .h5 with Keras 2" if zipfile.is_zipfile(path) else ""
+        raise NotImplementedError(f"its weights are not stored as Keras 3 reads them{hint}") from None
     return model
 
 
@@ -67,8 +68,10 @@ def translate(config):
         arguments = {"name": arguments["name"], "layers": arguments["layers"], "build_input_shape": shape}
         return {"module": "keras", "class_name": name, "config": {k: translate(v) for k, v in arguments.items()}}
     module = next((module for module in MODULES if inspect.isclass(getattr(module, name, None))), None)
-    if name == "Lambda" or module is None or not str(config.get("module", "keras")).startswith(("keras", "tf_keras")):
-        raise NotImplementedError(f"{name} is not a layer of Keras 3, or has code, which is not run")
+    if name == "Lambda":
+        raise NotImplementedError("code in a Lambda layer is not run")
+    if module is None or not str(config.get("module", "keras")).startswith(("keras", "tf_keras")):
+        raise NotImplementedError(f"{name} is not a part of Keras 3")
     arguments = translate_arguments(getattr(module, name), arguments)
     return {"module": module.__name__, "class_name": name, "config": arguments}
 
@@ -122,7 +125,7 @@ def translate_function(config, nodes):
     name, tensor = config["function"], nodes[0][0]
     constant = tensor[3].get("y")
     if name not in FUNCTIONS or not isinstance(constant, int | float):
-        raise NotImplementedError(f"tf.{name} is not a layer of Keras 3")
+        raise NotImplementedError(f"tf.{name} is not a part of Keras 3")
     tensor[3] = {}
     scale, offset = FUNCTIONS[name](constant)
     arguments = {"name": config["name"], "scale": scale, "offset": offset}

@@ -218,7 +218,7 @@ def test_a_photo_becomes_a_digit_of_mnist(name):
     for photo, digit, _ in photos(name, 20):
         seen = digits.preprocess_digit(photo)
         assert seen.dtype == np.uint8
-        assert abs(seen.shape[1] / seen.shape[0] - photo.shape[1] / photo.shape[0]) < 0.2  # all of the picture
+        assert abs(seen.shape[1] / seen.shape[0] - photo.shape[1] / photo.shape[0]) < 0.1  # all of the picture
         found.append(likeness(seen, digit))
     assert np.mean(np.array(found) > 0.8) >= 0.9, np.round(found, 2)
 

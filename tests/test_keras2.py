@@ -48,15 +48,15 @@ def edit(old, new, path):
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("math.truediv", "math.pow", " (tf.math.pow is not a layer of Keras 3)"),
-        ('"y": 127.5', '"y": ["input_2", 0, 0]', " (tf.math.truediv is not a layer of Keras 3)"),
-        ('"class_name": "Add"', '"class_name": "Lambda"', " (Lambda is not a layer of Keras 3, or has code, which is "),
-        ('"class_name": "Add"', '"class_name": "Own"', " (Own is not a layer of Keras 3, or has code, which is "),
+        ("math.truediv", "math.pow", " (tf.math.pow is not a part of Keras 3)"),
+        ('"y": 127.5', '"y": ["input_2", 0, 0]', " (tf.math.truediv is not a part of Keras 3)"),
+        ('"class_name": "Add"', '"class_name": "Lambda"', " (code in a Lambda layer is not run)"),
+        ('"class_name": "Add"', '"class_name": "Own"', " (Own is not a part of Keras 3)"),
         ('"RandomRotation"', '"RandomCrop"', " (RandomCrop is computed differently in Keras 3)"),
         ('"activation": "linear"', '"activation": "hard_sigmoid"', " (hard_sigmoid is computed differently in "),
         ('"groups": 1', '"groups": 2', " (SeparableConv2D has no groups in Keras 3)"),
         ('"epsilon": 0.001', '"epsilon": 0.001, "fused": true', " (BatchNormalization has no fused in Keras 3)"),
-        ('"units": 3', '"units": 4', " (its weights do not fit; as .h5, which Keras 2 can save, they may)"),
+        ('"units": 3', '"units": 4', " (its weights are not stored as Keras 3 reads them)"),
         ('"inbound_nodes"', '"nodes"', ""),
     ],
 )

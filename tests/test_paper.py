@@ -5,7 +5,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_one_line_error, call
 
 from cam import class_activation_model
 from data.dataset import Split
@@ -76,3 +76,9 @@ def test_the_table_has_mean_and_deviation(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "up to 5.0%" in lines[1]
     assert lines[-2:] == ["| a | 2 | 85.0% +- 7.1% |", "| b | 1 | 50.0% |"]
+
+
+def test_bad_input_is_named_in_one_line(tmp_path, monkeypatch):
+    assert_one_line_error(call(paper, "pooling", "--seeds", 0), "--seeds")
+    monkeypatch.chdir(tmp_path)
+    assert_one_line_error(call(paper, "crops"), "paper.py: data/labels.txt is missing")

@@ -292,6 +292,7 @@ def test_of_a_validation_and_a_test_set_the_test_set_is_taken(tmp_path):
         ("train/cats/1 train/dogs/1 holdout/cats/1", "has train/, .* a training set is a folder named train, "),
         ("train/cats/1 train/dogs/1 test/1", "data.tar has no test photo that can be used"),
         ("val/cats/1 test/cats/1", "has test/, val/, but not a training and a test set"),
+        ("train/cats/1 training/dogs/1 test/cats/1", "has train/, training/, test/, but not a training and a test"),
         ("1 2", "no class folders; expected is photos/CLASS/NAME.jpg, with two classes or more"),
         ("cats/1 cats/2", r"one class \(cats\); expected is photos/CLASS/NAME.jpg, with two classes or more"),
     ],
@@ -340,8 +341,11 @@ def test_numbers_that_tell_classes_apart_stay(tmp_path):
     assert train.labels.tolist() == [0, 1]
 
 
-def test_unreadable_classes(tmp_path):
-    folder = write_folder(tmp_path / "data", PETS | {"pets/emus/1.png": b"no photo"})
+def test_empty_folders_and_unreadable_classes(tmp_path):
+    folder = write_folder(tmp_path / "data", PETS)
+    (folder / "pets" / "emus").mkdir()
+    assert load_photos(folder)[3] == ["empty folders left out: 1, such as emus"]
+    (folder / "pets" / "emus" / "1.png").write_bytes(b"no photo")
     assert_refused("emus has 0 usable photos; at least 11 are needed", folder)
     assert_refused("has no photos", write_folder(tmp_path / "nothing", JUNK))
     assert_refused(r"one class \(cats\); expected is photos/CLASS/NAME.jpg", folder, ["cats"])
@@ -360,5 +364,5 @@ def test_all_photos_of_the_classes_of_a_model(tmp_path):
     mugs = write_tar(tmp_path / "mugs.tar", {f"{folder}/1.png": shade(1) for folder in ("Coffee-Mug", "tea pot")})
     assert load_all_photos(mugs, ["coffee_mug", "tea_pot"])[0].labels.tolist() == [0, 1]
     write_tar(cranes, {"crane/1.png": shade(1)})
-    with pytest.raises(UserError, match="2 classes are named crane; give the folder its WordNet id"):
+    with pytest.raises(UserError, match="2 classes are named crane; name the folder n02012849 or n03126707"):
         load_all_photos(cranes, names, wordnet_ids)
