@@ -356,7 +356,7 @@ def test_folders_are_matched_by_wordnet_id(archive, tmp_path, monkeypatch):
     assert float(found["top-5 accuracy"]) == pytest.approx(100 * np.mean(np.less(ranks, 5)), abs=0.01)
     data = {name.replace("n02", "crane"): content for name, content in data.items()}
     process = call(photos, "--evaluate", "ResNet50", "--data", write_tar(tmp_path / "val.tar", data), "--out", tmp_path)
-    assert_one_line_error(process, "2 classes are named crane; give the folder its WordNet id")
+    assert_one_line_error(process, "2 classes are named crane; name the folder n02 or n03")
 
 
 @pytest.mark.slow
