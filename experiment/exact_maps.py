@@ -1,8 +1,8 @@
 """Exact class activation maps of Keras networks of any form.
 
 A network has one if its logits are affine in its pooled feature maps: S_c = sum_k w_k^c F_k + b_c. Which layers compute
-that does not matter: the layers after the pooling, the head, are asked for w_k^c and b_c. `cam.class_activation_model`
-is the plain case.
+that does not matter: the layers after the pooling, the head, give M_c + b_c when they are applied to the feature maps,
+at each location, instead of to their mean. `cam.class_activation_model` is the plain case.
 """
 
 import itertools
@@ -12,11 +12,9 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from cam import class_activation_map
 from experiment.training import JIT_COMPILE
 
 ACTIVATIONS = {"linear": ops.copy, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax}
-PROBE = 256  # an F_k that makes w_k^c F_k large against rounding errors of b_c
 
 
 def exact_cam_model(model, output=None):
@@ -36,19 +34,15 @@ def exact_cam_model(model, output=None):
         ValueError: The model has no exact class activation map, or several outputs of which none is chosen.
     """
     try:
-        if not known_outputs(model):
-            raise ValueError("its layers are not known; it must be functional or Sequential, and built")
         structure = getattr(model, "_outputs_struct", None)  # a Sequential model has one output, without a name
         names = sorted(structure) if isinstance(structure, dict) else getattr(model, "output_names", ["output"])
         if names.count(output) != 1 and (output or len(names) > 1):
             raise ValueError(f"choose one of its outputs: {', '.join(names)}")
-        feature_maps, operations = find_pooling(model.outputs[names.index(output) if output else 0])
-        if feature_maps is None or not operations:
+        images, feature_maps, operations = find_feature_maps(model, names.index(output) if output else 0)
+        if not operations:
             raise ValueError("it has no feature maps (N, H, W, K) that are pooled")
-        check_whole_image(model)
         logits_and_maps = LogitsAndMaps(operations, name="logits_and_maps")
         logits_and_maps.check()
-        images = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
         return keras.Model(images, logits_and_maps(feature_maps), name=f"{model.name}_cam")
     except ValueError as error:
         raise ValueError(f"model {model.name!r} has no exact class activation map: {error}") from None
@@ -60,13 +54,19 @@ def feature_model(model):
     Raises:
         ValueError: It has none, or they do not cover the whole image.
     """
+    images, feature_maps, _ = find_feature_maps(model, 0)
+    return keras.Model(images, feature_maps)
+
+
+def find_feature_maps(model, index):
+    """Images, last feature maps, and the operations from there to the output of that index, see `find_pooling`."""
     if not known_outputs(model):
         raise ValueError("its layers are not known; it must be functional or Sequential, and built")
-    feature_maps, _ = find_pooling(model.outputs[0])
+    feature_maps, operations = find_pooling(model.outputs[index])
     if feature_maps is None:
         raise ValueError("it has no feature maps (N, H, W, K)")
     check_whole_image(model)
-    return keras.Model(model.inputs[0] if isinstance(model, keras.Sequential) else model.input, feature_maps)
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input, feature_maps, operations
 
 
 def known_outputs(model):
@@ -121,7 +121,6 @@ def is_close(found, expected, tolerance):
     return found.shape == expected.shape and np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@keras.saving.register_keras_serializable("cam")
 class LogitsAndMaps(layers.Layer):
     """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
 
@@ -129,11 +128,9 @@ class LogitsAndMaps(layers.Layer):
     last activation, which is not applied.
     """
 
-    def __init__(self, operations, dtype="float32", **kwargs):
-        super().__init__(dtype=dtype, **kwargs)
+    def __init__(self, operations, **kwargs):
+        super().__init__(dtype="float32", **kwargs)
         self.supports_jit = bool(JIT_COMPILE)
-        if isinstance(operations[0], dict):  # from get_config
-            operations = keras.saving.deserialize_keras_object(operations)
         self.operations, self.activation = operations, "linear"
         kinds = {tensor.dtype for operation in operations for tensor in operation.inputs + operation.outputs}
         kinds |= {getattr(operation.operations[-1], "dtype_policy", self.dtype_policy).name for operation in operations}
@@ -144,7 +141,6 @@ class LogitsAndMaps(layers.Layer):
         if not any(is_close(pooling([x]), pool(x, axis=(1, 2)), self.tolerance) for pool in (ops.mean, ops.max)):
             raise ValueError(f"layer {pooling.name!r} takes neither mean nor maximum of feature maps (N, H, W, K)")
         self.find_head()
-        self.kernel_layer = self.find_kernel()
 
     def find_head(self):
         """Finds the operations from F_k to S_c: all after the pooling, without the last activation."""
@@ -166,35 +162,21 @@ class LogitsAndMaps(layers.Layer):
             if operation.weights or self.activation != "linear":
                 return
 
-    def find_kernel(self):
-        """The layer whose kernel is w_k^c and whose bias is b_c, if the rest of the head changes nothing."""
-        weighted = [operation.operations[-1] for operation in self.head if operation.weights]
-        if len(weighted) != 1 or type(weighted[0]) not in (layers.Dense, layers.Conv2D):
-            return None
-        found, probed = kernel_and_bias(weighted[0]), self.probe()
-        same = all(is_close(one, other, self.tolerance) for one, other in zip(found, probed, strict=True))
-        return weighted[0] if same and np.any(probed[0]) else None
-
     def call(self, feature_maps):
-        logits = run(self.head, self.operations[0]([feature_maps]))  # F_k (N, K) -> S_c (N, C)
-        softmax_weights, _ = self.softmax_weights_and_biases()
-        return logits, class_activation_map(feature_maps, softmax_weights)
+        pooling = self.operations[0]
+        logits = run(self.head, pooling([feature_maps]))  # F_k (N, K) -> S_c (N, C)
+        locations = ops.reshape(feature_maps, (-1, *pooling.output_shape[1:]))  # (N H W, K)
+        maps = run(self.head, locations) - self.biases()  # M_c (N H W, C)
+        return logits, ops.reshape(maps, (*ops.shape(feature_maps)[:3], maps.shape[1]))
+
+    def biases(self):
+        """b_c (1, C): S_c if all F_k are zero."""
+        return run(self.head, ops.zeros((1, *self.operations[0].output_shape[1:])))
 
     def compute_output_spec(self, feature_maps):  # Keras would call it with a sparse tensor after x * 2, and fail
-        classes = self.softmax_weights_and_biases()[1].shape[0]
+        classes = math.prod(self.operations[-1].output_shape[1:])
         shapes = [(*feature_maps.shape[:axis], classes) for axis in (1, 3)]  # (N, C), (N, H, W, C)
         return [keras.KerasTensor(shape, "float32") for shape in shapes]
-
-    def softmax_weights_and_biases(self):
-        """w_k^c (K, C) and b_c (C,)."""
-        return kernel_and_bias(self.kernel_layer) if self.kernel_layer else self.probe()
-
-    def probe(self):
-        """w_k^c and b_c from the head itself: S_c is b_c if all F_k are zero, and F_k w_k^c + b_c if one is not."""
-        shape = self.operations[0].output_shape[1:]  # (K,) or (1, 1, K)
-        pooled = PROBE * ops.eye(shape[-1] + 1, shape[-1])  # each F_k alone, and zeros
-        logits = run(self.head, ops.reshape(pooled, (-1, *shape)))
-        return (logits[:-1] - logits[-1]) / PROBE, logits[-1]
 
     def check(self):
         """Raises a ValueError if an operation of the head is not affine: f(x) + f(y) = f(x + y) + f(0)."""
@@ -204,18 +186,9 @@ class LogitsAndMaps(layers.Layer):
             if not is_close(fx + fy - f0, fxy, self.tolerance):
                 raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
 
-    def get_config(self):
-        return super().get_config() | {"operations": keras.saving.serialize_keras_object(self.operations)}
-
 
 def run(operations, x):
     """Applies operations to x; returns (N, C) float32."""
     for operation in operations:
         x = operation([x], training=False)
     return ops.cast(ops.reshape(x, (-1, math.prod(x.shape[1:]))), "float32")
-
-
-def kernel_and_bias(layer):
-    """w_k^c (K, C) and b_c (C,) of a Dense layer or a 1 x 1 convolution."""
-    kernel = ops.cast(ops.reshape(layer.kernel, (-1, layer.kernel.shape[-1])), "float32")
-    return kernel, ops.zeros(kernel.shape[1]) if layer.bias is None else ops.cast(layer.bias, "float32")
