@@ -42,7 +42,6 @@ def exact_cam_model(model, output=None):
         if not operations:
             raise ValueError("it has no feature maps (N, H, W, K) that are pooled")
         logits_and_maps = LogitsAndMaps(operations, name="logits_and_maps")
-        logits_and_maps.check()
         return keras.Model(images, logits_and_maps(feature_maps), name=f"{model.name}_cam")
     except ValueError as error:
         raise ValueError(f"model {model.name!r} has no exact class activation map: {error}") from None
@@ -141,6 +140,7 @@ class LogitsAndMaps(layers.Layer):
         if not any(is_close(pooling([x]), pool(x, axis=(1, 2)), self.tolerance) for pool in (ops.mean, ops.max)):
             raise ValueError(f"layer {pooling.name!r} takes neither mean nor maximum of feature maps (N, H, W, K)")
         self.find_head()
+        self.check_head()
 
     def find_head(self):
         """Finds the operations from F_k to S_c: all after the pooling, without the last activation."""
@@ -178,7 +178,7 @@ class LogitsAndMaps(layers.Layer):
         shapes = [(*feature_maps.shape[:axis], classes) for axis in (1, 3)]  # (N, C), (N, H, W, C)
         return [keras.KerasTensor(shape, "float32") for shape in shapes]
 
-    def check(self):
+    def check_head(self):
         """Raises a ValueError if an operation of the head is not affine: f(x) + f(y) = f(x + y) + f(0)."""
         for operation, scale in itertools.product(self.head, (0.1, 1, 10, 100)):
             x, y = scale * np.random.default_rng(0).normal(size=(2, 8, *operation.input_shape[1:])).astype(np.float32)

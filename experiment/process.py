@@ -18,13 +18,13 @@ RESUME = "stopped; run the same command again, without --fresh, to continue"
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM; its argument is the number of the signal."""
 
 
 class Signals:
-    """State of the signal handler: whether a signal has to wait, whether one came meanwhile, and the last one."""
+    """State of the signal handler: whether a signal has to wait, and the one that came meanwhile."""
 
-    wait, came, number = False, False, signal.SIGINT
+    wait, came = False, None
 
 
 def start():
@@ -74,15 +74,12 @@ def run_script(name, main, settings, stopped="stopped"):
     A `UserError` or `OSError` exits with code 2; Ctrl-C and SIGTERM print `stopped` and exit with 128 + the number of
     the signal. The signal handlers that the process had are restored in any case.
     """
-    Signals.wait, Signals.number = False, signal.SIGINT
-    logger = logging.getLogger("tensorflow")  # which warns of images of many sizes
-    level = logger.level
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of images of many sizes
     earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
     try:
         for number, handler in earlier.items():
             if handler is not signal.SIG_IGN:  # as with `nohup` or in the background
                 signal.signal(number, stop)
-        logger.setLevel(logging.ERROR)
         # TensorFlow reads the variable whenever it logs; Pillow warns of large images and of odd metadata.
         with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")
@@ -90,30 +87,28 @@ def run_script(name, main, settings, stopped="stopped"):
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Stopped as signaled:
         print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(128 + Signals.number)
+        sys.exit(128 + signaled.args[0])
     finally:
-        logger.setLevel(level)
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
 
 def stop(number, frame):
     """The signal handler."""
-    Signals.number = number
     if not Signals.wait:
-        raise Stopped
-    Signals.came = True
+        raise Stopped(number)
+    Signals.came = number
 
 
 @contextlib.contextmanager
 def uninterrupted():
     """Delays Ctrl-C and SIGTERM to the end of the block, where they raise `Stopped`."""
-    Signals.wait, Signals.came = True, False
+    Signals.wait, Signals.came = True, None
     try:
         yield
     finally:
         Signals.wait = False
     if Signals.came:
-        raise Stopped
+        raise Stopped(Signals.came)
