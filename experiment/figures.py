@@ -8,7 +8,7 @@ from cam import bounding_box, normalize, overlay, upsample
 from experiment.files import UserError, atomic_write
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, batches
 from experiment.pictures import PICTURE_SIDE, draw_box, fit, on_one_scale, save_grid, to_image
-from experiment.units import get_softmax_weights, largest_terms, unit_model
+from experiment.units import largest_terms, unit_model
 
 FIGURES = ("overview.png", "patterns.png", "units.png", "confusion.png")
 SAMPLE_FIGURES = ("image_test.png", "cmap_[0-9]*.png", "evolution.png", "classes.png", "procedure.png")
@@ -44,7 +44,7 @@ def save_samples(out, model, test, class_names, history):
     img_S/procedure.png    equation (2): the five largest terms w_k^c f_k, the rest, and their sum M_c
     overview.png           for each class one image, and its maps through the training
     """
-    softmax_weights = get_softmax_weights(model)
+    softmax_weights = np.asarray(model.get_layer("softmax_weights").kernel)  # w_k^c (K, C)
     rows = [history[index] for index in geometric_indices(len(history), STRIP_LENGTH)]
     samples = test.first(len(history[-1]["predicted"]))
     overview = {}  # a strip of each class
@@ -64,7 +64,7 @@ def save_samples(out, model, test, class_names, history):
             titles.append((text, color))
         save_class_maps(folder / "classes.png", image, maps[:, :, shown], titles)
         terms = largest_terms(feature_maps, pooled, softmax_weights[:, label])
-        save_procedure(folder / "procedure.png", image, title, class_names[label], terms)
+        save_procedure(folder / "procedure.png", image, title, class_names[label], softmax_weights[:, label], terms)
     save_grid(out / "overview.png", [overview[label] for label in sorted(overview)])
 
 
@@ -74,7 +74,7 @@ def save_classes(out, model, test, class_names, receptive_field):
     patterns.png    the images with the highest S_c, with map and box
     units.png       the units with the largest w_k^c, and what they respond to
     """
-    softmax_weights = get_softmax_weights(model)
+    softmax_weights = np.asarray(model.get_layer("softmax_weights").kernel)  # w_k^c (K, C)
     classes = np.unique(test.labels)[:MAX_CLASSES]
     candidates = np.concatenate([np.flatnonzero(test.labels == c)[:CANDIDATES] for c in classes])
     images, labels = [test.images[index] for index in candidates], test.labels[candidates]
@@ -145,14 +145,16 @@ def save_class_maps(path, image, maps, titles, boxes=()):
     save_grid(path, [row[start : start + 6] for start in range(0, len(row), 6)])
 
 
-def save_procedure(path, image, title, class_name, terms):
-    """Writes an image, and over it the terms of equation (2) and their sum, the class activation map, on one scale."""
-    named = zip(terms.units, terms.weights, terms.contributions, strict=False)  # but that of all others
-    titles = [title, *(f"{weight:+z.2f} f{unit}: S {share:+z.2f}" for unit, weight, share in named)]
-    titles.append(f"all others: S {terms.contributions[-1]:+z.2f}")
-    titles.append(f"= map of {class_name}: S = {terms.contributions.sum():z.2f}")
-    maps = np.dstack([terms.maps, terms.maps.sum(axis=2)])
-    save_class_maps(path, image, maps, [(text, "black") for text in titles])
+def save_procedure(path, image, title, class_name, weights, terms):
+    """Writes an image, and over it the `largest_terms` of equation (2) and their sum, the class activation map.
+
+    `weights` are the softmax weights of the class, (K,).
+    """
+    units, contributions, maps = terms
+    names = [*(f"{weights[k]:+z.2f} f{k}" for k in units), "all others"]
+    titles = [title, *(f"{name}: S {share:+z.2f}" for name, share in zip(names, contributions, strict=True))]
+    titles.append(f"= map of {class_name}: S = {contributions.sum():z.2f}")
+    save_class_maps(path, image, np.dstack([maps, maps.sum(axis=2)]), [(text, "black") for text in titles])
 
 
 def save_patterns(path, candidates, logits, maps, class_names):

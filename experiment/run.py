@@ -1,19 +1,20 @@
 """The output folder of a training run. A run resumes after any kill, on a CPU bit for bit."""
 
-import contextlib
 import csv
 import itertools
 import json
+import shutil
+import sys
 import time
 
 import keras
 import numpy as np
+from tqdm import tqdm
 
 from experiment.checkpoint import CHECKPOINT, PREVIOUS, Checkpoint
-from experiment.console import TrainingProgress
 from experiment.figures import FIGURES, SAMPLE_FIGURES, geometric_indices, save_accuracy
 from experiment.files import PART, UserError, acquire_lock, atomic_write, checksum
-from experiment.metrics import METRIC_TITLES, format_metrics
+from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, format_metrics
 from experiment.networks import class_names_file, save_network
 from experiment.pages import PAGES, write_page, write_run_js
 from experiment.preprocessing import preprocessing_file
@@ -74,9 +75,6 @@ class RunFolder:
         for pattern in (*names, SETTINGS):
             for path in self.out.glob(pattern):
                 path.unlink()
-        for folder in (self.out / WEIGHTS, *self.out.glob("img_[0-9]*")):
-            with contextlib.suppress(OSError):  # it is missing, or has other files
-                folder.rmdir()
 
     def open_page(self, samples, class_names):
         """Writes the page of the run; `samples` is the `Split` of the first test images."""
@@ -93,19 +91,21 @@ class RunFolder:
 
         Shows the progress. On Ctrl-C or SIGTERM the step is completed and its state saved before `Stopped` is raised.
         """
-        first, last = self.step + 1, self.settings.steps
-        self.console = TrainingProgress(first, last)
-        try:
-            for step in range(first, last + 1):
-                self.step = step
-                self.console.advance(step)
-                with uninterrupted():
-                    yield step
-        except Stopped:
-            self.save_checkpoint()
-            raise
-        finally:
-            self.console.close()
+        self.first, self.started, last = self.step + 1, time.monotonic(), self.settings.steps
+        width = shutil.get_terminal_size().columns  # 80 where the terminal says 0, for which tqdm shows nothing
+        bar = tqdm(desc="training", total=last, initial=max(self.step, 0), unit=" steps", disable=None, ncols=width)
+        with bar as self.bar:
+            try:
+                for step in range(self.first, last + 1):
+                    self.step = step
+                    bar.update(step > 0)
+                    if step == last:
+                        bar.close()  # the final evaluation has a bar of its own
+                    with uninterrupted():
+                        yield step
+            except Stopped:
+                self.save_checkpoint()
+                raise
 
     def is_due(self, step):
         """Whether a step is to be evaluated: every `eval_every` steps, the first and the last."""
@@ -137,7 +137,17 @@ class RunFolder:
             writer.writerows(self.history)
         write_run_js(self.out, self.samples, self.history, finished=False)
         self.save_checkpoint()
-        self.console.show(self.step, loss, metrics)
+        self.report(loss, metrics)
+
+    def report(self, loss, metrics):
+        """Shows metrics on test images, and the training loss, in the progress bar; without a terminal on a line."""
+        shown = [f"{METRIC_TITLES[name]} {metrics[name]:.1%}" for name in SHOWN_METRICS if name in metrics]
+        self.bar.set_postfix_str(f"test {', '.join(shown)}", refresh=False)
+        if not sys.stdout.isatty() and self.step > 0:
+            seconds = (time.monotonic() - self.started) / (self.step - self.first + 1)
+            left = seconds * (self.settings.steps - self.step)
+            tqdm.write(f"step {self.step:,}: loss {loss:.3f}, test {', '.join(shown)}, {left:.0f} s left")
+            sys.stdout.flush()
 
     def save_checkpoint(self):
         self.checkpoint.save({"step": self.step, "history": self.history, "losses": self.losses})
@@ -154,8 +164,7 @@ class RunFolder:
         last = self.history[-1]
         metrics = {name: last[f"test_{name}"] for name in METRIC_TITLES if f"test_{name}" in last}
         print(format_metrics(metrics, last["test_images"]))
-        resumed = self.console.first > 0
-        print(f"{time.monotonic() - START:.0f} s {'since the run was resumed' if resumed else 'in all'}")
+        print(f"{time.monotonic() - START:.0f} s {'since the run was resumed' if self.first > 0 else 'in all'}")
         print(f"open {self.out / 'index.html'}, or look at {self.out / 'overview.png'}")
 
 
