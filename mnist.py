@@ -18,10 +18,11 @@ import numpy as np
 
 import cam
 from data.dataset import BOXES_TXT, CLASSES, load_dataset
+from experiment.exact_maps import exact_cam_model
 from experiment.figures import report_classes, save_figures
 from experiment.files import UserError
 from experiment.metrics import evaluate, format_metrics
-from experiment.networks import check_model_fits_data, load_network, to_cam_model
+from experiment.networks import check_model_fits_data, load_network
 from experiment.pages import write_draw_page
 from experiment.pictures import save_heatmaps, save_images
 from experiment.preprocessing import Preprocessing
@@ -121,7 +122,7 @@ def train_model(settings):
     float32_model.set_weights(model.get_weights())
     run.save_model(float32_model, names, Preprocessing(digit=True, pixel_range=(0, 255)))
     save_figures(settings.out, float32_model, test, names, run.history, RECEPTIVE_FIELD)
-    write_draw_page(settings.out, float32_model, samples, settings.steps)
+    write_draw_page(settings.out, float32_model, samples)
     run.finish()
 
 
@@ -141,7 +142,7 @@ def prepare_training(model, settings, images):
 
 def evaluate_model(settings):
     """Measures a trained model on all test images."""
-    cam_model = to_cam_model(load_network(settings.evaluate))
+    cam_model = exact_cam_model(load_network(settings.evaluate))
     any_size = cam_model.input_shape[1:3] == (None, None)
     _, test = load_dataset(settings.data, RECEPTIVE_FIELD["stride"] if any_size else 1)
     check_model_fits_data(settings.evaluate, cam_model, test.images.shape[1:], CLASSES)

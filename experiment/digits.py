@@ -78,7 +78,7 @@ def find_ink(pixels):
     shape = [max(1, round(scale * length)) for length in pixels.shape[:2]]
     picture = transform.resize(pixels, shape, anti_aliasing=True)  # (h, w, 3), 0..1
     grey, lightest = color.rgb2gray(picture), picture.max(axis=2).round(6)
-    ground = filter_by_square(morphology.opening, lightest, max(shape) // 4 | 1)
+    ground = filter_by_square(ndimage.grey_opening, lightest, max(shape) // 4 | 1)
     middle = (lightest.max() + lightest.min()) / 2
     if ground.max() < middle and not is_sheet(lightest >= middle):  # light ink
         return (lightest - ground) / (1.2 - ground), np.ones(shape, bool)
@@ -87,7 +87,7 @@ def find_ink(pixels):
     part = largest_part(without_threads if without_threads.any() else light)
     sheet = np.zeros(shape, bool)
     sheet[part.slice] = part.image_filled
-    closed = filter_by_square(morphology.closing, grey, max(shape) // 6 | 1)
+    closed = filter_by_square(ndimage.grey_closing, grey, max(shape) // 6 | 1)
     paper = np.minimum(closed, fill(grey))
     # With the 0.2, the texture of a dark desk does not count as ink.
     return (paper - grey) / (paper + 0.2), sheet
@@ -95,9 +95,7 @@ def find_ink(pixels):
 
 def filter_by_square(function, image, side):
     """Opening or closing of (h, w) by a square, the image's edges repeated."""
-    padded = np.pad(image, side, mode="edge")
-    footprint = morphology.footprint_rectangle((side, side), decomposition="separable")
-    return function(padded, footprint)[side:-side, side:-side]
+    return function(np.pad(image, side, mode="edge"), side)[side:-side, side:-side]
 
 
 def fill(image):

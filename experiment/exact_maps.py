@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from experiment.files import UserError
 from experiment.training import JIT_COMPILE
 
 ACTIVATIONS = {"linear": ops.copy, "sigmoid": ops.sigmoid, "softmax": ops.softmax, "log_softmax": ops.log_softmax}
@@ -31,7 +32,7 @@ def exact_cam_model(model, output=None):
         `LogitsAndMaps`.
 
     Raises:
-        ValueError: The model has no exact class activation map, or several outputs of which none is chosen.
+        UserError: The model has no exact class activation map, or several outputs of which none is chosen.
     """
     try:
         structure = getattr(model, "_outputs_struct", None)  # a Sequential model has one output, without a name
@@ -44,21 +45,16 @@ def exact_cam_model(model, output=None):
         logits_and_maps = LogitsAndMaps(operations, name="logits_and_maps")
         return keras.Model(images, logits_and_maps(feature_maps), name=f"{model.name}_cam")
     except ValueError as error:
-        raise ValueError(f"model {model.name!r} has no exact class activation map: {error}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"model {model.name!r} has no exact class activation map: {reason}") from None
 
 
-def feature_model(model):
-    """The part of a functional or Sequential Keras model from its images to its last feature maps (N, H, W, K).
+def find_feature_maps(model, index=0):
+    """Images, last feature maps (N, H, W, K), and the operations from there to an output, see `find_pooling`.
 
     Raises:
-        ValueError: It has none, or they do not cover the whole image.
+        ValueError: There are none, or they do not cover the whole image.
     """
-    images, feature_maps, _ = find_feature_maps(model, 0)
-    return keras.Model(images, feature_maps)
-
-
-def find_feature_maps(model, index):
-    """Images, last feature maps, and the operations from there to the output of that index, see `find_pooling`."""
     if not known_outputs(model):
         raise ValueError("its layers are not known; it must be functional or Sequential, and built")
     feature_maps, operations = find_pooling(model.outputs[index])

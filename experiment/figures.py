@@ -5,7 +5,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from cam import bounding_box, normalize, overlay, upsample
-from experiment.files import UserError, atomic_write
+from experiment.files import atomic_write
+from experiment.images import read_picture
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, batches
 from experiment.pictures import PICTURE_SIDE, draw_box, fit, on_one_scale, save_grid, to_image
 from experiment.units import largest_terms, unit_model
@@ -55,7 +56,9 @@ def save_samples(out, model, test, class_names, history):
         save_grid(folder / "evolution.png", [pictures])
         if label not in overview:
             overview[label] = [(fit(picture, PICTURE_SIDE // 2), text, color) for picture, text, color in pictures]
-        shown, predicted = top_classes(logits), logits.argmax()
+        shown, predicted = np.arange(len(logits)), logits.argmax()
+        if len(shown) > MAX_CLASSES:
+            shown = np.argsort(-logits)[:MAX_CLASSES]
         titles = [(title, "black")]
         for c in shown:
             text, color = f"{class_names[c]}: S = {logits[c]:z.1f}", "black"
@@ -106,32 +109,20 @@ def geometric_indices(count, chosen):
     return np.unique(np.geomspace(1, count, chosen).round().astype(int)) - 1
 
 
-def top_classes(logits):
-    """All class indices, or the MAX_CLASSES with the highest logits (C,)."""
-    return np.arange(len(logits)) if len(logits) <= MAX_CLASSES else np.argsort(-logits)[:MAX_CLASSES]
-
-
 def strip(folder, index, label, rows, class_names):
     """Pictures of test image `index`, for `save_grid`: itself, and its heatmaps in some rows of the history.
 
     A run that was resumed has only the files of the earlier heatmaps; one that is missing is left out.
     """
-    pictures = [(read(folder / "image_test.png"), f"test image {index}: {class_names[label]}", "black")]
+    image = to_image(read_picture(folder / "image_test.png").pixels)
+    pictures = [(image, f"test image {index}: {class_names[label]}", "black")]
     for row in rows:
         predicted, path = row["predicted"][index], folder / f"cmap_{row['step']}.png"
         if path.exists():
             color = "black" if predicted == label else "firebrick"
-            pictures.append((read(path), f"step {row['step']:,}: {class_names[predicted]}", color))
+            heatmap = to_image(read_picture(path).pixels)
+            pictures.append((heatmap, f"step {row['step']:,}: {class_names[predicted]}", color))
     return pictures
-
-
-def read(path):
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except OSError:  # Pillow's errors are of this kind
-        raise UserError(f"{path} is damaged; delete it") from None
 
 
 def save_class_maps(path, image, maps, titles, boxes=()):
@@ -239,7 +230,6 @@ def report_classes(out, labels, predicted, class_names):
     confusion = np.zeros((len(class_names), len(class_names)), int)
     np.add.at(confusion, (labels, predicted), 1)
     counts, widest = confusion.sum(axis=1), max(map(len, class_names))
-    titles = [name.replace("$", r"\$") for name in class_names]  # or matplotlib takes it for a formula
     for name, correct, count in zip(class_names, confusion.diagonal(), counts, strict=True):
         if count:
             print(f"    {name:<{widest}}  {correct:,} of {count:,} ({correct / count:.1%})")
@@ -250,8 +240,8 @@ def report_classes(out, labels, predicted, class_names):
     axes.imshow(confusion[shown] / counts[shown, None], "Blues", vmin=0, vmax=1, aspect="auto")
     axes.set(xlabel="predicted", ylabel="true", title="images of each class")
     if len(class_names) <= 60:
-        axes.set_xticks(range(len(class_names)), titles, rotation=90)
-        axes.set_yticks(range(len(shown)), [titles[c] for c in shown])
+        axes.set_xticks(range(len(class_names)), class_names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(shown)), [class_names[c] for c in shown], parse_math=False)
         for y, c in enumerate(shown):
             for x in np.flatnonzero(confusion[c]):
                 color = "white" if 2 * confusion[c, x] > counts[c] else "black"

@@ -41,11 +41,7 @@ def atomic_write(path):
 def acquire_lock(path, wait=False):
     """Locks the file `path` for this process, until the returned open file is closed or the process ends.
 
-    Where the file system has no locks, it says so and goes on.
-
-    Args:
-        path: The lock file.
-        wait: Whether to wait for another process that holds the lock.
+    Where the file system has no locks, it says so and goes on. With `wait`, it waits for a process that holds the lock.
 
     Raises:
         UserError: Another process holds the lock; the message names that process.

@@ -101,7 +101,7 @@ def scale_short_side(pixels, side):
     if max(rows, columns) > MAX_ASPECT_RATIO * min(rows, columns):
         raise UserError(f"{columns} x {rows} pixels are too elongated; crop the image")
     scale = side / min(rows, columns)
-    return resize(pixels, round(scale * rows), round(scale * columns)) if scale != 1 else pixels
+    return resize(pixels, round(scale * rows), round(scale * columns))
 
 
 def random_crop(pixels, short_side, side, rng):

@@ -30,13 +30,7 @@ def load_keras2(path):
         NotImplementedError: Keras 3 does not have a part of the network, computes it differently, or stores its weights
             in another way, as Keras 2.13 did in .keras files.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            text = file.read("config.json")
-    else:
-        with h5py.File(path) as file:
-            text = file.attrs["model_config"]
-    text = text.decode() if isinstance(text, bytes) else text
+    _, text = read_config(path)
     for name in DIFFERENT:
         if f'"{name}"' in text:
             raise NotImplementedError(f"{name} is computed differently in Keras 3")
@@ -48,6 +42,15 @@ def load_keras2(path):
         hint = "; save it as .h5 with Keras 2" if zipfile.is_zipfile(path) else ""
         raise NotImplementedError(f"its weights are not stored as Keras 3 reads them{hint}") from None
     return model
+
+
+def read_config(path):
+    """Version of Keras that saved a .keras or .h5 file, and the configuration of the network in JSON."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            return str(json.loads(file.read("metadata.json"))["keras_version"]), file.read("config.json").decode()
+    with h5py.File(path) as file:
+        return str(file.attrs["keras_version"]), str(file.attrs["model_config"])
 
 
 def translate(config):

@@ -61,12 +61,12 @@ def evaluate(cam_model, test, all_metrics=False):
         UserError: A logit is infinite or NaN.
     """
     logits, maps, measured, boxed = [], [], [], []
-    hidden = len(test.labels) < 8 * EVALUATION_BATCH or None  # of the progress bar; None: shown on a terminal only
-    with tqdm(desc="evaluating", total=len(test.labels), leave=False, disable=hidden) as progress:
+    with tqdm(desc="evaluating", total=len(test.labels), leave=False, disable=None, delay=2) as progress:
         for images in batches(test.inputs, EVALUATION_BATCH):
             indices = range(len(maps), len(maps) + len(images))
             batch_logits, class_maps = cam_model.predict_on_batch(images)
-            check_finite(batch_logits)
+            if not np.isfinite(batch_logits).all():
+                raise UserError("the logits are infinite or NaN; try --fresh and a smaller --learning-rate")
             logits.append(batch_logits)
             class_maps = class_maps[np.arange(len(images)), :, :, test.labels[indices]]  # (n, h, w)
             maps.extend(class_maps)
@@ -97,11 +97,6 @@ def batches(images, size):
     else:
         for image in images:
             yield image[None]
-
-
-def check_finite(logits):
-    if not np.isfinite(logits).all():
-        raise UserError("the logits are infinite or NaN; train again, with --fresh and a smaller --learning-rate")
 
 
 def ranks(logits, labels):

@@ -1,7 +1,6 @@
 """Loading and saving of networks: saved Keras models, checkpoints of the original, `keras.applications`."""
 
 import contextlib
-import json
 import re
 import shutil
 import sys
@@ -9,17 +8,17 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import h5py
 import keras
 import numpy as np
 
 from alexnet import weight_shapes
-from experiment.exact_maps import exact_cam_model, feature_model
+from experiment.exact_maps import exact_cam_model, find_feature_maps
 from experiment.files import UserError, atomic_write
-from experiment.keras2 import load_keras2
+from experiment.keras2 import load_keras2, read_config
 from experiment.preprocessing import (
     KERAS_SUFFIXES,
     Preprocessing,
+    check_inputs,
     load_preprocessing,
     preprocessing_file,
     save_preprocessing,
@@ -84,11 +83,7 @@ def reason(path, error):
 def keras_version(path):
     """Version of Keras that saved a .keras or .h5 file; "" if the file does not say."""
     with contextlib.suppress(Exception):  # whatever is raised for a broken or hostile file
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                return str(json.loads(file.read("metadata.json"))["keras_version"])
-        with h5py.File(path) as file:
-            return str(file.attrs["keras_version"])
+        return read_config(path)[0]
     return ""
 
 
@@ -104,28 +99,14 @@ def load_tf1_checkpoint(checkpoint):
     return model
 
 
-def to_cam_model(model, output=None):
-    """`exact_cam_model`, with a UserError for a model without exact maps."""
-    try:
-        return exact_cam_model(model, output)
-    except ValueError as error:
-        raise UserError(" ".join(str(error).split())) from None
-
-
 def check_model_fits_data(path, cam_model, shape, classes):
-    """Raises a UserError if the model saved at `path` takes other images, or has another number of classes.
-
-    Args:
-        path, cam_model: Path of the model, and what `to_cam_model` makes of it.
-        shape: (H, W, channels) of the images.
-        classes: Number of classes.
-    """
-    found = cam_model.input_shape if len(cam_model.inputs) == 1 else ()
-    fits = len(found) == 4 and all(size in (None, wanted) for size, wanted in zip(found[1:], shape, strict=True))
+    """Raises a UserError if the model saved at `path` does not take images (H, W, channels), or has other classes."""
+    preprocessing = load_preprocessing(path)._replace(digit=False)  # the digits of an experiment are given as they are
+    found = check_inputs(path, cam_model.inputs, preprocessing)
+    fits = all(size in (None, wanted) for size, wanted in zip(found, shape, strict=True))
     if not fits or cam_model.output_shape[0][-1] != classes:
         size = f"{shape[1]} x {shape[0]} pixels and {shape[2]} channel(s)"
         raise UserError(f"{path} must take images of {size}, and have {classes} classes")
-    preprocessing = load_preprocessing(path)._replace(digit=False)  # the digits of an experiment are given as they are
     if preprocessing not in (Preprocessing(), Preprocessing(pixel_range=(0, 255))):
         file = preprocessing_file(Path(path))
         raise UserError(f'{file} is not {{"pixel_range": [0, 255]}}, which is how --evaluate prepares images')
@@ -134,18 +115,16 @@ def check_model_fits_data(path, cam_model, shape, classes):
 def load_torchvision_convolutions(path):
     """Reads the convolutions of torchvision's AlexNet from an .npz file: arrays by the names in `weight_shapes`."""
     hint = "docs/photos.md says how to make it; --weights none does without"
-    shapes = weight_shapes()
     try:
         with np.load(path, allow_pickle=False) as file:
-            weights = {name: file[name] for name in shapes if name in file}
+            weights = {name: file[name] for name in weight_shapes()}
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {hint}") from None
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for a damaged file
-        raise UserError(f"{path} is not a readable .npz file ({error}); {hint}") from None
-    for name, shape in shapes.items():
-        values = weights.get(name, np.empty(0))
-        if values.shape != shape or values.dtype.kind != "f" or not np.isfinite(values).all():
-            raise UserError(f"{path}: {name} must be an array {shape} of finite floating-point numbers; {hint}")
+        raise UserError(f"{path} cannot be read ({error}); {hint}") from None
+    for name, shape in weight_shapes().items():
+        if weights[name].shape != shape or not np.isfinite(weights[name]).all():
+            raise UserError(f"{path}: {name} must be an array {shape} of finite numbers; {hint}")
     return weights
 
 
@@ -180,18 +159,19 @@ def keras_application(name):
         UserError: There is no such network, it has no exact class activation map, or its weights, which Keras downloads
             once, cannot be loaded.
     """
-    make, module = find_application(name)
-    to_cam_model(make(weights=None))  # before hundreds of megabytes are downloaded in vain
+    make, preprocessing = find_application(name)
+    exact_cam_model(make(weights=None))  # before hundreds of megabytes are downloaded in vain
     model = download(name, make)
     class_names = wordnet_ids = None
     try:
         codes = np.eye(model.output_shape[-1], dtype=np.float32)
-        best = [decoded[0] for decoded in module.decode_predictions(codes, top=1)]
-        class_names, wordnet_ids = [name.replace("_", " ") for _, name, _ in best], [code for code, _, _ in best]
+        best = sys.modules[make.__module__].decode_predictions(codes, top=1)
+        wordnet_ids, class_names, _ = zip(*(decoded[0] for decoded in best), strict=True)
+        class_names = [name.replace("_", " ") for name in class_names]
     except Exception as error:  # of the download
         reason = " ".join(str(error).split())[:200]
         print(f"the class names cannot be loaded, so numbers are shown: {reason}", file=sys.stderr)
-    return model, Preprocessing(preprocess=module.__name__.split(".")[-1]), class_names, wordnet_ids
+    return model, preprocessing, class_names, wordnet_ids
 
 
 def load_features(network):
@@ -208,21 +188,21 @@ def load_features(network):
     """
     if Path(network).suffix or Path(network).exists():
         try:
-            return feature_model(load_network(network)), load_preprocessing(network)
+            images, feature_maps, _ = find_feature_maps(load_network(network))
+            return keras.Model(images, feature_maps), load_preprocessing(network)
         except ValueError as error:
             raise UserError(f"{network}: {error}") from None
-    make, module = find_application(network)
-    model = download(network, make, include_top=False)
-    return model, Preprocessing(preprocess=module.__name__.split(".")[-1])
+    make, preprocessing = find_application(network)
+    return download(network, make, include_top=False), preprocessing
 
 
 def find_application(name):
-    """The function and the module of `keras.applications` that make the network `name`."""
+    """The function of `keras.applications` that makes the network `name`, and its `Preprocessing`."""
     make = None if name.startswith("_") else getattr(keras.applications, name, None)
     if not callable(make):
         names = ", ".join(sorted(n for n in dir(keras.applications) if callable(getattr(keras.applications, n))))
         raise UserError(f"{name} is neither a file nor a network of keras.applications ({names})")
-    return make, sys.modules[make.__module__]
+    return make, Preprocessing(preprocess=make.__module__.split(".")[-1])
 
 
 def download(name, make, **options):

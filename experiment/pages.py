@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from keras import ops
 
 from experiment.files import atomic_write
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS
@@ -38,22 +37,18 @@ def write_run_js(out, samples, history, finished):
         part.write_text(f"run = {json.dumps(run, allow_nan=False)};\n", encoding="utf-8")
 
 
-def write_draw_page(out, model, samples, step):
+def write_draw_page(out, model, samples):
     """Writes out/draw.html, in which the network itself runs, at the steps whose weights the run has kept.
 
-    `model` has the weights of the last step, `step`; the page has the first of the samples of each class.
+    The page has the first of the samples of each class.
     """
     layers = [model.get_layer(name) for name in ("conv1", "conv2", "softmax_weights")]
     shapes = {weight.path: list(weight.shape) for layer in layers for weight in layer.weights}
-    kept = {step: {weight.path: ops.convert_to_numpy(weight) for layer in layers for weight in layer.weights}}
-    for path in (out / "weights").glob("*.npz"):
-        if path.stem.isdecimal() and int(path.stem) < step:
-            with np.load(path) as weights:
-                kept[int(path.stem)] = dict(weights)
     steps = []
-    for step in sorted(kept):
-        weights = np.concatenate([kept[step][name].ravel() for name in shapes]).astype("<f2")  # half precision
-        steps.append({"step": step, "weights": to_base64(weights)})
+    for path in sorted((out / "weights").glob("[0-9]*.npz"), key=lambda path: int(path.stem)):
+        with np.load(path) as kept:
+            weights = np.concatenate([kept[name].ravel() for name in shapes]).astype("<f2")  # half precision
+        steps.append({"step": int(path.stem), "weights": to_base64(weights)})
     first_of_class = np.unique(samples.labels, return_index=True)[1]
     height, width = samples.images.shape[1:3]
     colors = {name: matplotlib.colormaps[name](np.linspace(0, 1, 256), bytes=True)[:, :3] for name in COLORMAPS}

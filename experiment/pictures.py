@@ -22,14 +22,14 @@ def save_images(out, images):
     """Writes `img_S/image_test.png` of each of the S test images (H, W, 1 or 3)."""
     for index, image in enumerate(images):
         (out / f"img_{index}").mkdir(parents=True, exist_ok=True)
-        save_picture(enlarge(image), out / f"img_{index}" / "image_test.png")
+        save_picture(to_image(enlarge(image)), out / f"img_{index}" / "image_test.png")
 
 
 def save_heatmaps(out, step, images, heatmaps):
     """Writes `img_S/cmap_STEP.png`: S heatmaps (H, W), 0..1, over S images (H, W, 1 or 3)."""
 
     def save(index):
-        picture = enlarge(overlay(images[index], heatmaps[index]))
+        picture = to_image(enlarge(overlay(images[index], heatmaps[index])))
         save_picture(picture, out / f"img_{index}" / f"cmap_{step}.png")
 
     with ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
@@ -43,10 +43,9 @@ def enlarge(picture, side=PICTURE_SIDE):
 
 
 def save_picture(picture, path):
-    """Writes (H, W), (H, W, 1) or (H, W, 3) uint8, or a Pillow image, as a PNG."""
-    image = picture if isinstance(picture, Image.Image) else to_image(picture)
+    """Writes a Pillow image as a PNG."""
     with atomic_write(path) as part:
-        image.save(part, compress_level=1)  # level 6 takes three times as long for a tenth less
+        picture.save(part, compress_level=1)  # level 6 takes three times as long for a tenth less
 
 
 def to_image(picture):
@@ -56,8 +55,6 @@ def to_image(picture):
 
 def fit(picture, side):
     """Scales a Pillow image so that its longer side has `side` pixels; enlarged pixels stay squares."""
-    if max(picture.size) == side:
-        return picture
     scale = side / max(picture.size)
     return picture.resize([max(1, round(scale * length)) for length in picture.size], Image.Resampling.BOX)
 

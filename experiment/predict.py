@@ -9,9 +9,10 @@ import numpy as np
 
 from cam import bounding_box, upsample
 from experiment import networks
+from experiment.exact_maps import exact_cam_model
 from experiment.files import UserError
 from experiment.images import Picture, read_picture
-from experiment.preprocessing import Preprocessing, check_inputs, load_preprocess_input, load_preprocessing
+from experiment.preprocessing import Preprocessing, check_inputs, load_preprocessing
 
 
 class Cams(NamedTuple):
@@ -94,18 +95,15 @@ class Network:
             self.source = model
             model, preprocessing, class_names, self.wordnet_ids = networks.keras_application(str(model))
         if preprocess:
-            load_preprocess_input(preprocess)
             preprocessing = preprocessing._replace(preprocess=preprocess, pixel_range=None)
         if pixel_range:
-            if preprocessing.preprocess or pixel_range[0] >= pixel_range[1]:
-                raise UserError("a pixel range has the lower value first, and goes with no other preprocessing")
             preprocessing = preprocessing._replace(pixel_range=pixel_range)
         if short_side:
             preprocessing = preprocessing._replace(short_side=short_side)
         self.preprocessing = preprocessing
         self.range_is_known = bool(preprocessing.preprocess or preprocessing.pixel_range)
 
-        self.cam_model = networks.to_cam_model(model, output)
+        self.cam_model = exact_cam_model(model, output)
         self.input_shape = check_inputs(self.source, self.cam_model.inputs, preprocessing)
         self.activation = self.cam_model.get_layer("logits_and_maps").activation
         count = self.cam_model.output_shape[0][-1]

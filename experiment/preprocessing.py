@@ -39,8 +39,7 @@ class Preprocessing(NamedTuple):
             pixels = scale_short_side(pixels, self.short_side)
         elif height or width:
             height, width = height or round(rows * width / columns), width or round(columns * height / rows)
-            if (height, width) != (rows, columns):
-                pixels = resize(pixels, max(height, 1), max(width, 1))
+            pixels = resize(pixels, max(height, 1), max(width, 1))
         pixels = pixels.astype(np.float32)
         if self.preprocess:
             return load_preprocess_input(self.preprocess)(pixels)
@@ -49,18 +48,12 @@ class Preprocessing(NamedTuple):
 
 
 def check_inputs(source, inputs, preprocessing):
-    """Checks that a network takes one image, and takes it as its `Preprocessing` says.
+    """Checks that the network `source`, with these input tensors, takes one image that is prepared so.
 
-    Args:
-        source: Name of the network, for messages.
-        inputs: Its input tensors.
-        preprocessing: Its `Preprocessing`.
-
-    Returns:
-        The shape of the image, (h, w, channels); h and w are None if any will do.
+    Returns the shape of the image, (h, w, channels); h and w are None if any will do.
 
     Raises:
-        UserError: The network takes something else.
+        UserError: The network takes something else, or the `Preprocessing` contradicts itself.
     """
     if len(inputs) > 1 or len(inputs[0].shape) != 4 or inputs[0].shape[-1] not in (1, 3):
         shapes = ", ".join(str(tensor.shape) for tensor in inputs)
@@ -70,8 +63,13 @@ def check_inputs(source, inputs, preprocessing):
         raise UserError(f"{source} takes images of a fixed size; short_side is for networks that take any size")
     if preprocessing.short_side and preprocessing.digit:
         raise UserError(f"{source} takes digits, which are scaled by their own size; short_side is for photos")
-    if preprocessing.preprocess and shape[2] == 1:
-        raise UserError(f"{source} takes grey images; the preprocessing of keras.applications is for colours")
+    low, high = preprocessing.pixel_range or (0, 255)
+    if low >= high or (preprocessing.preprocess and preprocessing.pixel_range):
+        raise UserError(f"{source}: a pixel range has the lower value first, and goes with no other preprocessing")
+    if preprocessing.preprocess:
+        load_preprocess_input(preprocessing.preprocess)
+        if shape[2] == 1:
+            raise UserError(f"{source} takes grey images; the preprocessing of keras.applications is for colours")
     return shape
 
 
@@ -107,19 +105,15 @@ def load_preprocessing(path):
     if not file.exists():
         return Preprocessing()
     try:
-        preprocessing = Preprocessing(**json.loads(file.read_text(encoding="utf-8-sig")))
-        if preprocessing.pixel_range is not None:
-            low, high = map(float, preprocessing.pixel_range)
-            preprocessing = preprocessing._replace(pixel_range=(low, high))
+        fields = json.loads(file.read_text(encoding="utf-8-sig"))
+        if "pixel_range" in fields:
+            low, high = fields["pixel_range"]
+            fields["pixel_range"] = float(low), float(high)
+        preprocessing = Preprocessing(**fields)
         short_side = 1 if preprocessing.short_side is None else preprocessing.short_side
-        good = isinstance(preprocessing.digit, bool) and type(short_side) is int and 1 <= short_side <= 10_000
-        if not good or (preprocessing.pixel_range and low >= high):
-            raise ValueError(preprocessing)
+        if not isinstance(preprocessing.digit, bool) or type(short_side) is not int or not 1 <= short_side <= 10_000:
+            raise ValueError(fields)
     except (ValueError, TypeError):
         example = '{"digit": true}, {"preprocess": "resnet"} or {"short_side": 256, "pixel_range": [0, 1]}'
         raise UserError(f"{file} must be like {example}") from None
-    if preprocessing.preprocess is not None:
-        if preprocessing.pixel_range:
-            raise UserError(f"{file} has both preprocess and pixel_range")
-        load_preprocess_input(preprocessing.preprocess)
     return preprocessing

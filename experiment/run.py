@@ -146,8 +146,7 @@ class RunFolder:
         if not sys.stdout.isatty() and self.step > 0:
             seconds = (time.monotonic() - self.started) / (self.step - self.first + 1)
             left = seconds * (self.settings.steps - self.step)
-            tqdm.write(f"step {self.step:,}: loss {loss:.3f}, test {', '.join(shown)}, {left:.0f} s left")
-            sys.stdout.flush()
+            print(f"step {self.step:,}: loss {loss:.3f}, test {', '.join(shown)}, {left:.0f} s left", flush=True)
 
     def save_checkpoint(self):
         self.checkpoint.save({"step": self.step, "history": self.history, "losses": self.losses})
@@ -179,9 +178,8 @@ def lock_run_folder(out):
     files = [path for path in sorted(out.iterdir()) if path.is_file() and not any(map(path.match, own))]
     if files and not (out / SETTINGS).exists():
         raise UserError(f"--out {out} has other files, such as {files[0].name}; give an empty folder or a new one")
-    folders = [out, *(folder for folder in out.glob("*/") if not (folder / LOCK).exists())]  # not those of other runs
-    for folder in folders:
-        for part in folder.glob(PART + "*"):
+    for folder in (".", WEIGHTS, "img_[0-9]*"):
+        for part in out.glob(f"{folder}/{PART}*"):
             part.unlink()
     return lock
 

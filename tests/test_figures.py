@@ -45,7 +45,7 @@ def test_pictures_are_enlarged_by_whole_numbers_and_saved_as_they_are(size, enla
     assert large.shape == (*enlarged, 3)
     times = enlarged[0] // size[0]
     np.testing.assert_array_equal(large[::times, times - 1 :: times], picture)
-    pictures.save_picture(large, tmp_path / "picture.png")
+    pictures.save_picture(pictures.to_image(large), tmp_path / "picture.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "picture.png")), large)
 
 

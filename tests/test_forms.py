@@ -322,6 +322,6 @@ NOT_KNOWN = "must be functional or Sequential, and built"
     ],
 )
 def test_no_exact_map(build, text):
-    with pytest.raises(ValueError, match=f"has no exact class activation map: .*{text}") as error:
+    with pytest.raises(UserError, match=f"has no exact class activation map: .*{text}") as error:
         exact_cam_model(build())
     assert "\n" not in str(error.value)

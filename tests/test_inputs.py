@@ -20,10 +20,10 @@ import show
 from data.dataset import Split, load_dataset
 from experiment import metrics
 from experiment.digits import preprocess_digit
+from experiment.exact_maps import exact_cam_model
 from experiment.figures import report_classes
 from experiment.files import UserError, acquire_lock
 from experiment.images import read_picture
-from experiment.networks import to_cam_model
 from experiment.predict import Network, predict_cams
 from lenet import lenet
 
@@ -191,10 +191,10 @@ def test_a_network_that_crops_the_image(layer, nested):
     f = layers.Cropping2D(1)(layers.ZeroPadding2D(1)(f))  # of feature maps, as in NASNet
     model = keras.Model(images, layers.Dense(4)(layers.GlobalAveragePooling2D()(f)))
     if isinstance(layer, layers.Resizing) and not (layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio):
-        to_cam_model(model)
+        exact_cam_model(model)
         return
     with pytest.raises(UserError, match="layer 'crop' crops or pads the image"):
-        to_cam_model(model)
+        exact_cam_model(model)
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 44), (97, 97), (45, 50), (28, 30)])
@@ -252,7 +252,7 @@ def test_pictures_of_other_formats(name, tmp_path):
 
 def test_feature_maps_of_one_location():
     with pytest.raises(UserError, match="feature maps are 1 x 1, so there is nothing to map"):
-        to_cam_model(keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), include_top=True))
+        exact_cam_model(keras.applications.ResNet50(weights=None, input_shape=(32, 32, 3), include_top=True))
 
 
 def test_of_equal_logits_the_first_wins_everywhere():

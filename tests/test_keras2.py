@@ -10,8 +10,9 @@ import pytest
 from keras import layers
 
 from experiment import networks
+from experiment.exact_maps import exact_cam_model
 from experiment.files import UserError
-from experiment.networks import load_network, to_cam_model
+from experiment.networks import load_network
 
 FOLDER = Path(__file__).parent / "keras2"
 
@@ -31,7 +32,7 @@ def test_the_outputs_are_equal(name, copy, tmp_path):
         images, output = file["images"], file["output"]
     model = load_network(path)
     np.testing.assert_allclose(model(images, training=False), output, rtol=1e-4, atol=1e-5)
-    to_cam_model(model)
+    exact_cam_model(model)
     model.save(tmp_path / "new.keras")
     np.testing.assert_allclose(load_network(tmp_path / "new.keras")(images), output, rtol=1e-4, atol=1e-5)
 

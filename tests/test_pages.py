@@ -263,7 +263,7 @@ def drawn_run(request, tmp_path_factory):
         model.set_weights([weights.astype(np.float16) for weights in model.get_weights()])  # which the page has
         np.savez(out / "weights" / f"{step}.npz", **{weight.path: np.asarray(weight) for weight in model.weights})
         models.append(model)
-    write_draw_page(out, models[-1], test, 100)
+    write_draw_page(out, models[-1], test)
     return out, test.images, models
 
 
