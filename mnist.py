@@ -18,6 +18,7 @@ import numpy as np
 
 import cam
 from data.dataset import BOXES_TXT, CLASSES, load_dataset
+from experiment.distribution import own_part, use_all_devices
 from experiment.exact_maps import exact_cam_model
 from experiment.figures import report_classes, save_figures
 from experiment.files import UserError
@@ -70,6 +71,7 @@ DRAW_STEPS = 8  # steps whose weights are kept, for out/draw.html
 
 def train_model(settings):
     set_seed(settings.seed)
+    use_all_devices(settings)
 
     # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4). Images of other sizes are padded to
     # multiples of LeNet's stride, so that a map covers its image exactly.
@@ -103,6 +105,7 @@ def train_model(settings):
     for step in run.steps():  # step 0 evaluates the untrained model
         if step > 0:
             batch = batch_indices(step - 1, settings.batch_size, count, settings.order, settings.seed)  # (B,)
+            batch = own_part(batch)  # all of it, unless several machines train
             run.add_loss(*model.train_on_batch(train.images[batch], one_hot[batch]))
 
         if run.is_due(step):

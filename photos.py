@@ -27,6 +27,7 @@ import cam
 from alexnet import CONVOLUTIONS, CROP_SIDE, alexnet, set_convolutions
 from data.dataset import Split
 from data.photo_folders import load_all_photos, load_photos, read_photo
+from experiment.distribution import own_part, use_all_devices
 from experiment.features import load_pooled_features, prefetch
 from experiment.figures import report_classes, save_figures
 from experiment.files import UserError, checksum
@@ -88,6 +89,7 @@ def train_model(settings):
     data = train.fingerprint(), test.fingerprint()
     settings.batch_size = min(settings.batch_size, count)
     settings.steps = settings.steps or settings.epochs * count // settings.batch_size
+    use_all_devices(settings)
 
     # Photos -> feature maps f_k -> global average pooling F_k -> softmax weights w_k^c -> logits S_c
     recipe = Linear(settings, names) if settings.recipe == "linear" else Gap(settings, names)
@@ -111,7 +113,7 @@ def train_model(settings):
 
     for step in run.steps():  # step 0 evaluates the untrained model
         if step > 0:
-            inputs, labels = next(batches)
+            inputs, labels = map(own_part, next(batches))  # all of them, unless several machines train
             run.add_loss(*recipe.trained.train_on_batch(inputs, keras.utils.to_categorical(labels, len(names))))
 
         if run.is_due(step):
@@ -192,7 +194,8 @@ class Linear:
 
         to_pooled = keras.Sequential([self.network, self.pooling])
         key = *train.fingerprint()[0], settings.pretrained_checksum
-        pooled = load_pooled_features(settings.out, to_pooled, read, count, key)  # (N, 2, K)
+        sizes = [(photo.height, photo.width) for photo in train.files]
+        pooled = load_pooled_features(settings.out, to_pooled, read, sizes, key)  # (N, 2, K)
         return map(make_batch, steps)
 
     def finish(self):

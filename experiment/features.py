@@ -1,25 +1,29 @@
 """What training on photos reads: pooled features that are kept on disk, and batches that are made ahead."""
 
+import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
+from experiment.distribution import device_count, predict_on_batch
 from experiment.files import checksum
 
+AT_A_TIME = 4  # photos in a forward pass of one device
 
-def load_pooled_features(out, network, read, count, key):
+
+def load_pooled_features(out, network, read, sizes, key):
     """Pooled features F_k of photos, computed, or read from the file that an earlier run has left.
 
-    The file, features-KEY.bin, grows photo by photo: a run that is stopped in between continues where it was. Each
-    photo has a checksum; from the first damaged one on, they are computed again.
+    A run that is stopped in between continues where it was. In the file, features-KEY.bin, each photo has a checksum;
+    damaged ones are computed again.
 
     Args:
         out: Folder of the run.
         network: Model from images to F_k (N, K).
         read: Function from the index of a photo to images that the network takes, (n, h, w, channels).
-        count: Number of photos, N.
+        sizes: Size of each photo, N values. Those of one size are computed together, so `read` gives them one shape.
         key: What the features depend on: a list of values, see `checksum`.
 
     Returns:
@@ -31,25 +35,43 @@ def load_pooled_features(out, network, read, count, key):
             other.unlink()
     row = np.dtype([("pooled", np.float32, (len(read(0)), network.output_shape[-1])), ("checksum", np.uint32)])
     path.touch()
-    found = np.fromfile(path, row)[:count]  # a part of a photo at the end, which a kill may have left, does not count
-    damaged = (index for index, (pooled, value) in enumerate(found) if checksum([pooled]) != value)
-    done = next(damaged, len(found))
-    with path.open("ab") as file:
-        file.truncate(done * row.itemsize)
-        inputs = prefetch(read, range(done, count))
-        for images in tqdm(inputs, "features", count, initial=done, unit=" photos", disable=None):
-            pooled = np.asarray(network.predict_on_batch(images), np.float32)
-            file.write(np.array((pooled, checksum([pooled])), row).tobytes())
-    return np.fromfile(path, row)["pooled"]
+    done = [checksum([pooled]) == value for pooled, value in np.fromfile(path, row, len(sizes))]
+    done += [False] * (len(sizes) - len(done))
+    batches = [batch for batch in batch_by_size(sizes, AT_A_TIME * device_count()) if not all(done[i] for i in batch)]
+
+    def read_batch(batch):
+        return batch, np.concatenate([read(index) for index in batch])
+
+    count = sum(map(len, batches))
+    with path.open("r+b") as file, tqdm(None, "features", count, unit=" photos", disable=None) as progress:
+        for batch, images in prefetch(read_batch, batches):
+            features = np.asarray(predict_on_batch(network, images), np.float32)
+            for index, pooled in zip(batch, features.reshape(len(batch), *row["pooled"].shape), strict=True):
+                file.seek(index * row.itemsize)
+                file.write(np.array((pooled, checksum([pooled])), row).tobytes())
+            progress.update(len(batch))
+    return np.fromfile(path, row, len(sizes))["pooled"]
 
 
-def prefetch(make, indices, ahead=4):
-    """Yields make(index) for each index; two threads make the next ones meanwhile."""
-    with ThreadPoolExecutor(2) as pool:
+def batch_by_size(sizes, limit):
+    """Batches of at most `limit` indices of the same size."""
+    batches = []
+    for index in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if batches and len(batches[-1]) < limit and sizes[batches[-1][0]] == sizes[index]:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def prefetch(make, items):
+    """Yields make(item) for each item; as many threads as there are processors make the next ones meanwhile."""
+    threads = os.cpu_count()
+    with ThreadPoolExecutor(threads) as pool:
         pending = deque()
-        for index in indices:
-            pending.append(pool.submit(make, index))
-            if len(pending) > ahead:
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > threads + 2:
                 yield pending.popleft().result()
         for future in pending:
             yield future.result()

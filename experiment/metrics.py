@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cam import bounding_box, largest_component_box, normalize, upsample
+from experiment.distribution import predict_on_batch
 from experiment.files import UserError
 
 METRIC_TITLES = {
@@ -64,7 +65,7 @@ def evaluate(cam_model, test, all_metrics=False):
     with tqdm(desc="evaluating", total=len(test.labels), leave=False, disable=None, delay=2) as progress:
         for images in batches(test.inputs, EVALUATION_BATCH):
             indices = range(len(maps), len(maps) + len(images))
-            batch_logits, class_maps = cam_model.predict_on_batch(images)
+            batch_logits, class_maps = predict_on_batch(cam_model, images)
             if not np.isfinite(batch_logits).all():
                 raise UserError("the logits are infinite or NaN; try --fresh and a smaller --learning-rate")
             logits.append(batch_logits)

@@ -40,9 +40,15 @@ def start():
         with quiet_stderr(), mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3", MPLBACKEND="agg"):
             import keras
 
+            from experiment import distribution
+
+            distribution.connect()
             keras.config.set_image_data_format("channels_last")  # whatever keras.json says
             keras.config.set_floatx("float32")
             keras.ops.zeros(1)  # initializes the devices, and logs those that are missing
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except (ImportError, ValueError) as error:
         print(f"Keras cannot be imported ({error}); see requirements.txt and KERAS_BACKEND", file=sys.stderr)
         sys.exit(2)
@@ -74,6 +80,8 @@ def run_script(name, main, settings, stopped="stopped"):
     A `UserError` or `OSError` exits with code 2; Ctrl-C and SIGTERM print `stopped` and exit with 128 + the number of
     the signal. The signal handlers that the process had are restored in any case.
     """
+    from experiment import distribution  # which imports Keras
+
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of images of many sizes
     earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
     try:
@@ -84,12 +92,20 @@ def run_script(name, main, settings, stopped="stopped"):
         with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")
             main(settings)
+            distribution.finish()
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as signaled:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(128 + signaled.args[0])
+    except Exception as error:
+        if distribution.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        text = f"{name}: stopped ({reason}); if another process has ended, run the same command again in all"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(2)  # without waiting for the others
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

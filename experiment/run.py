@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiment.checkpoint import CHECKPOINT, PREVIOUS, Checkpoint
+from experiment.distribution import share_run
 from experiment.figures import FIGURES, SAMPLE_FIGURES, geometric_indices, save_accuracy
 from experiment.files import PART, UserError, acquire_lock, atomic_write, checksum
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, format_metrics
@@ -49,6 +50,7 @@ class RunFolder:
     """
 
     def __init__(self, settings, model, data, keep_weights=0):
+        share_run(settings, (SETTINGS, CHECKPOINT, PREVIOUS))  # with several processes, gives the others a new `out`
         self.settings, self.model, self.out = settings, model, settings.out
         self.step, self.history, self.losses = -1, [], []  # losses: loss and accuracy of each batch since the last row
         self.model_file = self.out / f"{model.name}.keras"

@@ -8,13 +8,16 @@ import keras
 import numpy as np
 from keras import ops
 
+from experiment.process import quiet_stderr
+
 # XLA's convolutions on a CPU are several times slower than TensorFlow's own.
 JIT_COMPILE = False if keras.backend.backend() == "tensorflow" else "auto"
 
 
 def set_seed(seed):
     """Makes all results depend on the seed alone, bit for bit, on one CPU and with one precision."""
-    keras.utils.set_random_seed(seed)
+    with quiet_stderr():  # Keras imports TensorFlow here, whatever the backend is
+        keras.utils.set_random_seed(seed)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

@@ -1,81 +1,139 @@
-"""Training on several workers by Keras's own engine, `keras.distribution` on the JAX backend.
+"""Training on several devices and in several processes, by `keras.distribution` on the JAX backend."""
 
-Not by `tf.distribute`: with Keras 3.15 its MultiWorkerMirroredStrategy does not work (docs/performance.md).
-"""
-
+import os
+import signal
 import socket
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
-from conftest import ROOT, start, write_data
+from conftest import ROOT, encoded, rows, start, write_data, write_tar
+from keras import layers
 
-STEPS, BATCH_SIZE, WORKERS = 6, 8, 2
-
-
-def train(data, part, parts):
-    """Trains as mnist.py does, on one of the contiguous parts of each batch; saves losses and weights."""
-    import keras
-
-    if parts > 1:
-        keras.distribution.initialize()  # by the environment variables KERAS_DISTRIBUTION_...
-        # Every worker has its share of the batch already.
-        keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
-
-    import mnist
-    from data.dataset import load_dataset
-
-    keras.utils.set_random_seed(0)
-    settings = mnist.parse_arguments(["--steps", str(STEPS), "--precision", "float32"])
-    images, _ = load_dataset(data)
-    one_hot = keras.utils.to_categorical(images.labels, 10)
-    model = mnist.lenet(location_dropout=settings.location_dropout)
-    mnist.prepare_training(model, settings, images.images)
-    losses = []
-    for step in range(STEPS):
-        indices = mnist.batch_indices(step, BATCH_SIZE, len(one_hot), settings.order, settings.seed)
-        batch = np.array_split(indices, parts)[part]
-        losses.append(model.train_on_batch(images.images[batch], one_hot[batch])[0])
-    np.savez(data / f"{part}_of_{parts}.npz", losses, *model.get_weights())
+pytestmark = pytest.mark.slow
+pytest.importorskip("jax")
+FLAGS = ("--steps", 6, "--eval-every", 3, "--samples", 2, "--batch-size", 8)
 
 
-def worker(data, part=0, parts=1, **environment):
-    """Starts a process that trains."""
-    environment |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT}
-    return start(__file__, data, part, parts, **environment)
-
-
-def result(process, data, part=0, parts=1):
-    """Loss at each step, and the weights at the end."""
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    with np.load(data / f"{part}_of_{parts}.npz") as file:
-        return [file[name] for name in file.files]
-
-
-@pytest.mark.slow
-def test_two_workers_train_as_one(tmp_path):
-    pytest.importorskip("jax")
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
     images = np.random.default_rng(0).integers(0, 256, (40, 20, 24), dtype=np.uint8)
-    data = write_data(tmp_path, images, np.arange(40) % 10)
-    with worker(data) as process:
-        alone = result(process, data)  # extracts the tarball
+    boxes = np.tile([4, 4, 12, 14], (40, 1))
+    return write_data(tmp_path_factory.mktemp("data"), images, np.arange(40) % 10, boxes)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The run of one process on one device."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    with train(data, out) as process:
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return out
+
+
+def train(data, out, *flags, **environment):
+    """Starts `python mnist.py` with JAX."""
+    environment |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT}
+    return start(ROOT / "mnist.py", "--data", data, "--out", out, *FLAGS, *flags, **environment)
+
+
+def train_in_two(stack, data, out, *flags):
+    """Starts two processes that train one network."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # free, and free again now
-    environment = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}"}
-    environment |= {"KERAS_DISTRIBUTION_NUM_PROCESSES": WORKERS}
+    environment = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}", "KERAS_DISTRIBUTION_NUM_PROCESSES": 2}
+    return [
+        stack.enter_context(train(data, out, *flags, **environment, KERAS_DISTRIBUTION_PROCESS_ID=number))
+        for number in range(2)
+    ]
+
+
+def assert_same_history(out, alone):
+    for found, expected in zip(rows(out / "history.csv"), rows(alone / "history.csv"), strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == value or float(found[name]) == pytest.approx(float(value), rel=1e-4)
+
+
+def assert_same_run(out, alone):
+    """Same history and weights as of one process, within the rounding of float32."""
+    assert_same_history(out, alone)
+    with np.load(out / "weights" / "6.npz") as found, np.load(alone / "weights" / "6.npz") as expected:
+        for name in expected.files:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_train_as_one(data, alone, tmp_path):
     with ExitStack() as stack:
-        processes = [
-            stack.enter_context(worker(data, part, WORKERS, **environment, KERAS_DISTRIBUTION_PROCESS_ID=part))
-            for part in range(WORKERS)
-        ]
-        for part, process in enumerate(processes):
-            for values, expected in zip(result(process, data, part, WORKERS), alone, strict=True):
-                np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
-    assert len(alone[0]) == STEPS
+        first, second = train_in_two(stack, data, tmp_path / "out")
+        outputs = [process.communicate(timeout=200) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    assert_same_run(tmp_path / "out", alone)
+    assert "step 6" in outputs[0][0]
+    assert "step" not in outputs[1][0]
 
 
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+def test_two_devices_train_as_one(data, alone, tmp_path):
+    with train(data, tmp_path / "out", XLA_FLAGS="--xla_force_host_platform_device_count=2") as process:
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert_same_run(tmp_path / "out", alone)
+
+
+def test_photos_on_two_devices(tmp_path):
+    """The features, the maps of one photo at a time, which is padded to two, and what is trained."""
+    rng = np.random.default_rng(0)
+    files = {
+        f"photos/{name}/{index}.png": encoded(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8))
+        for name in ("a", "b", "c")
+        for index in range(14)
+    }
+    archive = write_tar(tmp_path / "photos.tar", files)
+    images = keras.Input((32, 32, 3))
+    f = layers.Conv2D(16, 5, 4, activation="relu")(images)
+    keras.Model(images, layers.Dense(3)(layers.GlobalAveragePooling2D()(f))).save(tmp_path / "small.keras")
+    arguments = ["--data", archive, "--network", tmp_path / "small.keras", "--batch-size", 4, "--steps", 4]
+    environment = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "PYTHONPATH": ROOT}
+    for name, flags in ("alone", ""), ("out", "--xla_force_host_platform_device_count=2"):
+        out = ["--out", tmp_path / name, "--samples", 1]
+        with start(ROOT / "photos.py", *arguments, *out, XLA_FLAGS=flags, **environment) as process:
+            _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    features = [np.fromfile(next((tmp_path / name).glob("features-*")), np.float32) for name in ("out", "alone")]
+    features = [values.reshape(12, 33)[:, :32] for values in features]
+    np.testing.assert_allclose(*features, rtol=1e-5)
+    assert_same_history(tmp_path / "out", tmp_path / "alone")
+
+
+def test_a_batch_that_does_not_divide_among_the_devices(data, tmp_path):
+    with train(data, tmp_path / "out", XLA_FLAGS="--xla_force_host_platform_device_count=3") as process:
+        process.wait(200)
+        text = "--batch-size 8 cannot be divided among 3 devices; 6 or 9 can"
+        assert process.returncode == 2
+        assert text in process.stderr.read()
+
+
+def test_if_a_process_dies_the_others_end_and_the_same_command_resumes(data, tmp_path):
+    flags = ("--steps", 40, "--eval-every", 10)
+    with train(data, tmp_path / "alone", *flags) as process:
+        process.communicate(timeout=200)
+    with ExitStack() as stack:
+        first, second = train_in_two(stack, data, tmp_path / "out", *flags)
+        while "step 10" not in first.stdout.readline():
+            assert first.poll() is None
+        os.kill(second.pid, signal.SIGKILL)
+        _, errors = first.communicate(timeout=200)
+    assert first.returncode == 2
+    assert "mnist.py: stopped (" in errors
+    assert "if another process has ended, run the same command again in all" in errors
+    assert "Traceback" not in errors
+    with ExitStack() as stack:
+        processes = train_in_two(stack, data, tmp_path / "out", *flags)
+        outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "resuming after step" in outputs[0][0]
+    found, expected = (rows(tmp_path / name / "history.csv") for name in ("out", "alone"))
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    assert float(found[-1]["loss"]) == pytest.approx(float(expected[-1]["loss"]), rel=1e-3)

@@ -213,7 +213,7 @@ def test_pooled_features_are_those_of_the_network(tmp_path):
     images = [np.random.default_rng(index).normal(size=(2, 20 + index, 30, 3)) for index in range(5)]
 
     def load(read):
-        return load_pooled_features(tmp_path, model, read, 5, ["a", np.arange(3)])
+        return load_pooled_features(tmp_path, model, read, [0, 1, 2, 3, 4], ["a", np.arange(3)])
 
     def read_again(index):
         computed.append(index)
@@ -225,12 +225,12 @@ def test_pooled_features_are_those_of_the_network(tmp_path):
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     zeros = whole[: len(whole) // 2] + bytes(9) + whole[len(whole) // 2 + 9 :]
-    for content, wanted in (whole, []), (zeros, [2, 3, 4]), (whole[:-1], [4]), (whole + whole, []), (b"1", [*range(5)]):
+    for content, wanted in (whole, []), (zeros, [2]), (whole[:-1], [4]), (whole + whole, []), (b"1", [*range(5)]):
         computed = []
         file.write_bytes(content)
         np.testing.assert_allclose(load(read_again), found, rtol=1e-5)
         assert computed[1:] == wanted  # the first is read for its shape
-        assert len(file.read_bytes()) == len(whole)
+        assert file.read_bytes()[: len(whole)] == whole
 
 
 def linear(network, images_json="{}", short_side=None):
