@@ -29,7 +29,7 @@ from experiment.pictures import save_heatmaps, save_images
 from experiment.preprocessing import Preprocessing
 from experiment.run import RunFolder
 from experiment.settings import fill_in_recipe, make_parser
-from experiment.training import JIT_COMPILE, batch_indices, keep_zero_mean_over_classes, set_seed, warmup_cosine
+from experiment.training import JIT_COMPILE, batch_indices, keep_zero_mean_over_classes, set_seed, shrink, warmup_cosine
 from lenet import RECEPTIVE_FIELD, lenet, scale_to_unit_logits
 
 # All settings; each is a flag, see `python mnist.py --help`.
@@ -52,6 +52,7 @@ RECIPES = {
         "beta_2": 0.99,  # squared gradients averaged over about 100 steps, since a run has only a few thousand
         "weight_decay": 0.01,
         "label_smoothing": 0.03,
+        "small_images": 0.6,  # ours: share of the steps, the first, on images of 72% of their size: half the arithmetic
         "location_dropout": 0.3,  # ours, not the paper's: share of the locations hidden in a step, see `lenet`
         "precision": "auto",
     },
@@ -61,6 +62,7 @@ RECIPES = {
         "order": "file",
         "learning_rate": 0.5,  # of plain gradient descent, constant
         "label_smoothing": 0.0,
+        "small_images": 0.0,
         "location_dropout": 0.0,
         "precision": "float32",
     },
@@ -106,7 +108,10 @@ def train_model(settings):
         if step > 0:
             batch = batch_indices(step - 1, settings.batch_size, count, settings.order, settings.seed)  # (B,)
             batch = own_part(batch)  # all of it, unless several machines train
-            run.add_loss(*model.train_on_batch(train.images[batch], one_hot[batch]))
+            images = train.images[batch]  # (B, 100, 100, 1)
+            if step <= settings.small_images * settings.steps:
+                images = shrink(images)  # (B, 72, 72, 1)
+            run.add_loss(*model.train_on_batch(images, one_hot[batch]))
 
         if run.is_due(step):
             # The first test images, the samples among them; after the last step all

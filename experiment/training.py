@@ -54,6 +54,12 @@ def epoch_order(count, seed, epoch):
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
+def shrink(images, share=0.72):
+    """Scales images (N, H, W, channels) to a share of their sides, rounded to multiples of LeNet's stride."""
+    height, width = (round(share * side / 4) * 4 for side in images.shape[1:3])
+    return ops.convert_to_numpy(ops.image.resize(ops.cast(images, "float32"), (height, width)))
+
+
 def warmup_cosine(peak, steps, warmup):
     """Learning rate that rises to its peak in a share of the steps, `warmup`, then falls to 0 along a cosine."""
     warmup = max(1, round(warmup * steps))

@@ -15,7 +15,7 @@ import cam
 import mnist
 from data.dataset import load_dataset
 from experiment import training
-from experiment.training import batch_indices, warmup_cosine
+from experiment.training import batch_indices, shrink, warmup_cosine
 
 FIVE_STEPS = ["--steps", 5, "--precision", "float32", *SMALL]
 
@@ -280,3 +280,23 @@ def test_learning(tmp_path):
     measured = rows(tmp_path / "out" / "history.csv")[-1]
     assert float(measured["test_accuracy"]) > 0.6
     assert float(measured["test_pointing"]) > 0.5
+
+
+def test_small_images():
+    y, x = np.mgrid[:100, :80]
+    images = np.stack([2 * y, 3 * x], axis=-1)[None].astype(np.uint8)  # (1, 100, 80, 2)
+    small = shrink(images)
+    assert small.shape == (1, 72, 56, 2)
+    for axis, scale in enumerate([2 * 100 / 72, 3 * 80 / 56]):
+        differences = np.diff(small[..., axis], axis=axis + 1)
+        np.testing.assert_allclose(differences, scale, rtol=1e-4)  # a ramp stays one, from edge to edge
+        assert small[..., axis].mean() == pytest.approx(images[..., axis].mean(), abs=0.1)
+
+
+@pytest.mark.parametrize(("recipe", "small"), [("default", [1, 2, 3]), ("original", [])])
+def test_the_first_steps_see_small_images(recipe, small, small_data, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(mnist, "shrink", lambda images: seen.append(images) or shrink(images))
+    mnist.main(["--data", str(small_data), "--out", str(tmp_path), "--recipe", recipe, *map(str, FIVE_STEPS)])
+    assert len(seen) == len(small)
+    assert "loss" in (tmp_path / "history.csv").read_text()
