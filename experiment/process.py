@@ -80,8 +80,7 @@ def run_script(name, main, settings, stopped="stopped"):
     A `UserError` or `OSError` exits with code 2; Ctrl-C and SIGTERM print `stopped` and exit with 128 + the number of
     the signal. The signal handlers that the process had are restored in any case.
     """
-    from experiment import distribution  # which imports Keras
-
+    distribution = sys.modules.get("experiment.distribution")  # None for a script that does without Keras
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of images of many sizes
     earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
     try:
@@ -92,7 +91,8 @@ def run_script(name, main, settings, stopped="stopped"):
         with mock.patch.dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")
             main(settings)
-            distribution.finish()
+            if distribution:
+                distribution.finish()
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -100,7 +100,7 @@ def run_script(name, main, settings, stopped="stopped"):
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(128 + signaled.args[0])
     except Exception as error:
-        if distribution.process_count() == 1:
+        if not distribution or distribution.process_count() == 1:
             raise
         reason = " ".join(str(error).split())[:200]
         text = f"{name}: stopped ({reason}); if another process has ended, run the same command again in all"

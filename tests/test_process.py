@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, call
 
+import mnist
+import photos
+import show
 from data.dataset import load_dataset
 from experiment import process
 
@@ -81,3 +84,11 @@ def test_a_console_that_is_closed(small_data, tmp_path, closed):
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "out" / "lenet.keras").exists()
+
+
+@pytest.mark.parametrize("script", [mnist, photos, show])
+def test_help(script):
+    result = call(script, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    for text in (f"usage: {script.__name__}.py", script.__doc__.splitlines()[0], "--out"):
+        assert text in result.stdout
