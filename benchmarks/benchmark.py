@@ -7,9 +7,9 @@
 
 Each thing (see contestants.py) is measured in a process of its own, which has warmed up and sleeps while others are
 measured; a whole program starts anew for each measure. The things of a part take turns, A B C A B C ..., `--rounds`
-times (what takes long, three times). A ratio is that of two measures of one round, the other to ours: above 1, the
-other takes more time or memory. The table has the median of the ratios, and the least and the greatest. Nothing else
-should run meanwhile.
+times (what takes long, three times; a whole run of mnist.py, once). A ratio is that of two measures of one round, the
+other to ours: above 1, the other takes more time or memory, or is more accurate. The table has the median of the
+ratios, and the least and the greatest. Nothing else should run meanwhile.
 
 Both sides of a row compute in the same precision. Rows in bfloat16 are there only if this machine is faster with it.
 
@@ -19,8 +19,8 @@ Peers that are not installed are left out and named below the table. To install 
 
 pytorch-grad-cam is no peer here: it asks for torchvision.
 
-What a row stands on: here, training is that of mnist.py, with AdamW and hidden locations; that of the peers is plain
-gradient descent. The maps of the peers are those of one class, at the size of the feature maps, as here. The limit is
+What is compared: here, training is that of mnist.py, with AdamW and hidden locations, on images of full size; that of
+the peers is plain gradient descent. The maps of the peers are those of one class, at the size of the feature maps, as here. The limit is
 the rate at which one large matrix product does as many operations as the convolutions. On photos, whole programs are
 compared, photos.py with fine_tune.py: both train on frozen features, here for 40 epochs, and draw maps. Files that
 were just written are in the operating system's cache.

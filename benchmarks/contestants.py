@@ -55,7 +55,7 @@ def precisions():
 
 
 def train_here(data, folder, precision, size, number):
-    """Trains as the loop of mnist.py does."""
+    """Trains as the loop of mnist.py does, on images of full size."""
     quiet_keras()
     import mnist
     from experiment.training import batch_indices

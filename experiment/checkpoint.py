@@ -34,12 +34,14 @@ class Checkpoint:
             try:
                 with np.load(path, allow_pickle=False) as file:
                     progress, *values = [file[name] for name in file.files]
-                for variable, value in zip(self.variables, values, strict=True):
-                    variable.assign(value)
                 progress = json.loads(str(progress))
+                if [value.shape for value in values] != [variable.shape for variable in self.variables]:
+                    raise ValueError(f"{path} is of another model")
             except Exception:  # zipfile and NumPy raise a dozen kinds for a damaged file
                 print(f"{path} is damaged", flush=True)
                 continue
+            for variable, value in zip(self.variables, values, strict=True):
+                variable.assign(value)
             for damaged in found[: found.index(path)]:
                 damaged.unlink()  # or it would become the previous one
             return progress

@@ -1,7 +1,7 @@
 """Training on all devices of a machine, and on several machines, by `keras.distribution` on the JAX backend.
 
 On several machines, each process runs the same command and trains on its part of every batch. All make the same
-evaluations. The first process writes the run folder; the others write to a temporary one, which they delete.
+evaluations. The first process writes the run folder; each other one writes to a temporary folder, which it deletes.
 """
 
 import contextlib
@@ -22,15 +22,17 @@ def connect():
     """Connects the processes, if the environment variables KERAS_DISTRIBUTION_... say that there are several.
 
     Raises:
-        UserError: The backend is not JAX, a variable is missing or wrong, or the processes do not find each other.
+        UserError: The backend is not JAX, another variable is missing or wrong, or the processes cannot be connected.
     """
-    if "KERAS_DISTRIBUTION_NUM_PROCESSES" not in os.environ:
+    count = os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES")
+    if count is None:
         return
     if keras.backend.backend() != "jax":
         raise UserError("KERAS_DISTRIBUTION_...: several processes need KERAS_BACKEND=jax")
     import jax
 
     jax.config.update("jax_enable_recoverability", True)  # or JAX would abort all processes if one of them ends
+    print(f"waiting until {count} processes are connected", flush=True)
     try:
         keras.distribution.initialize()
     except Exception as error:  # JAX raises several kinds
@@ -38,14 +40,18 @@ def connect():
 
 
 def use_all_devices(settings):
-    """Makes models that are built from now on train on all devices.
+    """Distributes the models that are built after this call over all devices.
 
     Raises:
-        UserError: A batch cannot be divided among the devices.
+        UserError: A batch cannot be divided among the devices, or the machines have different numbers of them.
     """
     if keras.backend.backend() != "jax":
         return
+    import jax
+
     count, batch_size = device_count(), settings.batch_size
+    if count != process_count() * jax.local_device_count():
+        raise UserError("all machines must have the same number of devices")
     if batch_size % count:
         fits = [size for size in (batch_size // count * count, -(-batch_size // count) * count) if size]
         sizes = " or ".join(map(str, fits))
@@ -60,6 +66,7 @@ def device_count():
 
 
 def process_count():
+    """Number of processes that train one network."""
     if keras.backend.backend() != "jax":
         return 1
     import jax
@@ -67,13 +74,18 @@ def process_count():
     return jax.process_count()
 
 
-def own_part(batch):
-    """The part of a batch, an array (B, ...), that this process trains on."""
+def process_index():
+    """Number of this one, from 0."""
     if process_count() == 1:
-        return batch
+        return 0
     import jax
 
-    return np.array_split(batch, jax.process_count())[jax.process_index()]
+    return jax.process_index()
+
+
+def own_part(batch):
+    """The part of a batch, an array (B, ...), that this process trains on."""
+    return np.array_split(batch, process_count())[process_index()]
 
 
 def predict_on_batch(model, images):
@@ -92,39 +104,46 @@ def predict_on_batch(model, images):
 
 
 def share_run(settings, names):
-    """Gives the files of that names in the run folder of the first process to the others, in a temporary folder.
+    """Copies files of the run folder of the first process to a temporary folder of each other process.
 
-    That folder becomes their `settings.out`, and they print nothing any more.
+    That folder becomes their `settings.out`, `--fresh` is done, and they report nothing any more. One process alone
+    does nothing.
     """
     if process_count() == 1:
         return
-    import jax
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    first = jax.process_index() == 0
+    first = process_index() == 0
     if not first:
-        print(f"process {jax.process_index()} trains with process 0, which reports and writes --out", flush=True)
+        print(f"process {process_index()} trains; process 0 reports and writes --out", flush=True)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        settings.out = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
+        settings.out, settings.fresh = Path(temporary.enter_context(tempfile.TemporaryDirectory())), False
     for name in names:
         path, content = settings.out / name, b""
-        if first and path.exists() and not settings.fresh:
+        if first and path.exists():
             content = path.read_bytes()
         size = int(broadcast_one_to_all(np.int32(len(content))))
-        content = np.frombuffer(content or bytes(size), np.uint8)
-        content = np.asarray(broadcast_one_to_all(content)).tobytes()
-        if size and not first:
-            path.write_bytes(content)
+        if size:
+            content = broadcast_one_to_all(np.frombuffer(content or bytes(size), np.uint8))
+            if not first:
+                path.write_bytes(np.asarray(content).tobytes())
 
 
 def finish():
     """Ends the processes together, for JAX aborts those that are still connected when the first one is gone."""
-    if process_count() == 1:
-        return
-    import jax
-    from jax.experimental.multihost_utils import sync_global_devices
+    if process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
 
+        sync_global_devices("finished")
+        if process_index() > 0:
+            leave(0)
+
+
+def leave(code):
+    """Ends this process. Of several processes, it does not wait for the others, as JAX would."""
     temporary.close()
-    sync_global_devices("finished")
-    if jax.process_index() > 0:
-        os._exit(0)
+    if process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

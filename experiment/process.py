@@ -81,6 +81,7 @@ def run_script(name, main, settings, stopped="stopped"):
     the signal. The signal handlers that the process had are restored in any case.
     """
     distribution = sys.modules.get("experiment.distribution")  # None for a script that does without Keras
+    leave = distribution.leave if distribution else sys.exit
     logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of images of many sizes
     earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
     try:
@@ -95,17 +96,17 @@ def run_script(name, main, settings, stopped="stopped"):
                 distribution.finish()
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except Stopped as signaled:
         print(f"\n{stopped}", file=sys.stderr)
-        sys.exit(128 + signaled.args[0])
+        leave(128 + signaled.args[0])
     except Exception as error:
         if not distribution or distribution.process_count() == 1:
             raise
         reason = " ".join(str(error).split())[:200]
-        text = f"{name}: stopped ({reason}); if another process has ended, run the same command again in all"
-        print(text, file=sys.stderr, flush=True)
-        os._exit(2)  # without waiting for the others
+        hint = "if another process has ended, run the same commands again, without --fresh"
+        print(f"{name}: stopped ({reason}); {hint}", file=sys.stderr)
+        leave(2)
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

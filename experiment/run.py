@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiment.checkpoint import CHECKPOINT, PREVIOUS, Checkpoint
-from experiment.distribution import share_run
+from experiment.distribution import process_index, share_run
 from experiment.figures import FIGURES, SAMPLE_FIGURES, geometric_indices, save_accuracy
 from experiment.files import PART, UserError, acquire_lock, atomic_write, checksum
 from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, format_metrics
@@ -50,16 +50,16 @@ class RunFolder:
     """
 
     def __init__(self, settings, model, data, keep_weights=0):
-        share_run(settings, (SETTINGS, CHECKPOINT, PREVIOUS))  # with several processes, gives the others a new `out`
-        self.settings, self.model, self.out = settings, model, settings.out
+        self.settings, self.model = settings, model
         self.step, self.history, self.losses = -1, [], []  # losses: loss and accuracy of each batch since the last row
-        self.model_file = self.out / f"{model.name}.keras"
+        if process_index() == 0:
+            self.open(data)
+        # Of several processes, the others have a folder of their own, which begins with these files of the first one.
+        share_run(settings, (SETTINGS, CHECKPOINT, PREVIOUS, f"{model.name}.keras", LAST))
+        if process_index() > 0:
+            self.open(data)
         due = [*range(0, settings.steps, settings.eval_every), settings.steps]
         self.kept = {due[index] for index in geometric_indices(len(due), keep_weights)}
-        self.lock = lock_run_folder(self.out)
-        if settings.fresh:
-            self.clear()
-        check_settings(self.out, vars(settings), data)
         self.checkpoint = Checkpoint(self.out, model)
         if progress := self.checkpoint.restore():
             self.step, self.history, self.losses = (progress[name] for name in ("step", "history", "losses"))
@@ -68,6 +68,14 @@ class RunFolder:
             print(f"{self.out} already holds this finished run; --fresh deletes it and starts over")
         elif progress:
             print(f"resuming after step {self.step:,}", flush=True)
+
+    def open(self, data):
+        """Locks the folder, empties it with --fresh, and compares the settings with those of the run that it holds."""
+        self.out, self.model_file = self.settings.out, self.settings.out / f"{self.model.name}.keras"
+        self.lock = lock_run_folder(self.out)
+        if self.settings.fresh:
+            self.clear()
+        check_settings(self.out, vars(self.settings), data)
 
     def clear(self):
         """Deletes what a run writes, and nothing else: checkpoints first and settings last, in case of a kill."""

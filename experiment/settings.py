@@ -48,7 +48,7 @@ FLAGS = {
     "beta_2": (bounded(0, 0.9999, float), "Adam beta_2"),
     "weight_decay": (bounded(0, 1, float), "AdamW weight decay of the kernels"),
     "label_smoothing": (bounded(0, 0.9, float), "label smoothing of the loss"),
-    "small_images": (bounded(0, 1, float), "share of the steps, the first, on images of 72%% of their size"),
+    "small_images": (bounded(0, 1, float), "initial share of the steps that trains on images scaled to 72%%"),
     "location_dropout": (bounded(0, 0.9, float), "share of the feature map locations hidden in training"),
     "pooling": (("average", "max"), "global pooling"),
     "precision": (

@@ -39,13 +39,15 @@ def train(data, out, *flags, **environment):
     return start(ROOT / "mnist.py", "--data", data, "--out", out, *FLAGS, *flags, **environment)
 
 
-def train_in_two(stack, data, out, *flags):
-    """Starts two processes that train one network."""
+def train_in_two(stack, data, out, *flags, others=()):
+    """Starts two processes that train one network; `others` are flags of the second one alone."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # free, and free again now
     environment = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": f"127.0.0.1:{port}", "KERAS_DISTRIBUTION_NUM_PROCESSES": 2}
     return [
-        stack.enter_context(train(data, out, *flags, **environment, KERAS_DISTRIBUTION_PROCESS_ID=number))
+        stack.enter_context(
+            train(data, out, *flags, *number * others, **environment, KERAS_DISTRIBUTION_PROCESS_ID=number)
+        )
         for number in range(2)
     ]
 
@@ -73,6 +75,22 @@ def test_two_processes_train_as_one(data, alone, tmp_path):
     assert_same_run(tmp_path / "out", alone)
     assert "step 6" in outputs[0][0]
     assert "step" not in outputs[1][0]
+
+
+def test_two_processes_have_one_run(data, tmp_path):
+    """Another setting of the second process is refused; when the run is finished, both end at once."""
+    for others, code, text in (
+        (("--label-smoothing", 0.1), 2, ""),
+        ((), 0, "step 6"),
+        ((), 0, "already holds this finished run"),
+    ):
+        with ExitStack() as stack:
+            processes = train_in_two(stack, data, tmp_path / "out", others=others)
+            (output, errors), (_, other_errors) = [process.communicate(timeout=200) for process in processes]
+        assert [process.returncode for process in processes] == [code, code], (errors, other_errors)
+        assert text in output
+        assert "Traceback" not in errors + other_errors
+        assert ("holds a run with --label-smoothing 0.03, not 0.1" in other_errors) == bool(others)
 
 
 def test_two_devices_train_as_one(data, alone, tmp_path):
@@ -127,7 +145,7 @@ def test_if_a_process_dies_the_others_end_and_the_same_command_resumes(data, tmp
         _, errors = first.communicate(timeout=200)
     assert first.returncode == 2
     assert "mnist.py: stopped (" in errors
-    assert "if another process has ended, run the same command again in all" in errors
+    assert "if another process has ended, run the same commands again, without --fresh" in errors
     assert "Traceback" not in errors
     with ExitStack() as stack:
         processes = train_in_two(stack, data, tmp_path / "out", *flags)

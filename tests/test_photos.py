@@ -225,11 +225,17 @@ def test_pooled_features_are_those_of_the_network(tmp_path):
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     zeros = whole[: len(whole) // 2] + bytes(9) + whole[len(whole) // 2 + 9 :]
-    for content, wanted in (whole, []), (zeros, [2]), (whole[:-1], [4]), (whole + whole, []), (b"1", [*range(5)]):
+    for content, wanted in (
+        (whole, []),
+        (zeros, [0, 1, 2, 3]),
+        (whole[:-1], [4]),
+        (whole + whole, []),
+        (b"1", [*range(5)]),
+    ):
         computed = []
         file.write_bytes(content)
         np.testing.assert_allclose(load(read_again), found, rtol=1e-5)
-        assert computed[1:] == wanted  # the first is read for its shape
+        assert sorted(computed[1:]) == wanted  # the first is read for its shape
         assert file.read_bytes()[: len(whole)] == whole
 
 
