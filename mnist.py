@@ -52,7 +52,7 @@ RECIPES = {
         "beta_2": 0.99,  # squared gradients averaged over about 100 steps, since a run has only a few thousand
         "weight_decay": 0.01,
         "label_smoothing": 0.03,
-        "small_images": 0.6,  # ours: initial share of the steps that trains on images scaled to 72%: half the arithmetic
+        "small_images": 0.6,  # ours: initial share of the steps that sees images scaled to 72%, for half the arithmetic
         "location_dropout": 0.3,  # ours, not the paper's: share of the locations hidden in a step, see `lenet`
         "precision": "auto",
     },

@@ -20,10 +20,10 @@ Peers that are not installed are left out and named below the table. To install 
 pytorch-grad-cam is no peer here: it asks for torchvision.
 
 What is compared: here, training is that of mnist.py, with AdamW and hidden locations, on images of full size; that of
-the peers is plain gradient descent. The maps of the peers are those of one class, at the size of the feature maps, as here. The limit is
-the rate at which one large matrix product does as many operations as the convolutions. On photos, whole programs are
-compared, photos.py with fine_tune.py: both train on frozen features, here for 40 epochs, and draw maps. Files that
-were just written are in the operating system's cache.
+the peers is plain gradient descent. The maps of the peers are those of one class, at the size of the feature maps, as
+here. The limit is the rate at which one large matrix product does as many operations as the convolutions. On photos,
+whole programs are compared, photos.py with fine_tune.py: both train on frozen features, here for 40 epochs, and draw
+maps. Files that were just written are in the operating system's cache.
 """
 
 import argparse
