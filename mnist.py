@@ -73,7 +73,7 @@ DRAW_STEPS = 8  # steps whose weights are kept, for out/draw.html
 
 def train_model(settings):
     set_seed(settings.seed)
-    use_all_devices(settings)
+    use_all_devices(settings)  # with JAX, see docs/several-devices.md
 
     # Tarball -> arrays: images (N, 100, 100, 1) uint8, labels (N,), boxes (N, 4). Images of other sizes are padded to
     # multiples of LeNet's stride, so that a map covers its image exactly.

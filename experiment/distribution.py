@@ -15,7 +15,7 @@ import numpy as np
 
 from experiment.files import UserError
 
-temporary = contextlib.ExitStack()  # has the temporary folder of this process
+temporary = contextlib.ExitStack()  # deletes the temporary folder, if this process has one
 
 
 def connect():
@@ -75,7 +75,7 @@ def process_count():
 
 
 def process_index():
-    """Number of this one, from 0."""
+    """Index of this process among them, from 0."""
     if process_count() == 1:
         return 0
     import jax
@@ -106,8 +106,7 @@ def predict_on_batch(model, images):
 def share_run(settings, names):
     """Copies files of the run folder of the first process to a temporary folder of each other process.
 
-    That folder becomes their `settings.out`, `--fresh` is done, and they report nothing any more. One process alone
-    does nothing.
+    That folder becomes their `settings.out`, and they print nothing from then on. With one process, nothing is done.
     """
     if process_count() == 1:
         return
@@ -117,7 +116,8 @@ def share_run(settings, names):
     if not first:
         print(f"process {process_index()} trains; process 0 reports and writes --out", flush=True)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        settings.out, settings.fresh = Path(temporary.enter_context(tempfile.TemporaryDirectory())), False
+        settings.out = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
+        settings.fresh = False  # the first process has emptied the run folder
     for name in names:
         path, content = settings.out / name, b""
         if first and path.exists():

@@ -116,6 +116,7 @@ def is_close(found, expected, tolerance):
     return found.shape == expected.shape and np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@keras.saving.register_keras_serializable("cam")
 class LogitsAndMaps(layers.Layer):
     """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
 
@@ -123,9 +124,11 @@ class LogitsAndMaps(layers.Layer):
     last activation, which is not applied.
     """
 
-    def __init__(self, operations, **kwargs):
-        super().__init__(dtype="float32", **kwargs)
+    def __init__(self, operations, dtype="float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
         self.supports_jit = bool(JIT_COMPILE)
+        if isinstance(operations[0], dict):  # from get_config
+            operations = keras.saving.deserialize_keras_object(operations)
         self.operations, self.activation = operations, "linear"
         kinds = {tensor.dtype for operation in operations for tensor in operation.inputs + operation.outputs}
         kinds |= {getattr(operation.operations[-1], "dtype_policy", self.dtype_policy).name for operation in operations}
@@ -181,6 +184,9 @@ class LogitsAndMaps(layers.Layer):
             fx, fy, fxy, f0 = ops.split(run([operation], np.concatenate([x, y, x + y, 0 * x])), 4)
             if not is_close(fx + fy - f0, fxy, self.tolerance):
                 raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
+
+    def get_config(self):
+        return super().get_config() | {"operations": keras.saving.serialize_keras_object(self.operations)}
 
 
 def run(operations, x):

@@ -123,8 +123,9 @@ def load_torchvision_convolutions(path):
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for a damaged file
         raise UserError(f"{path} cannot be read ({error}); {hint}") from None
     for name, shape in weight_shapes().items():
-        if weights[name].shape != shape or not np.isfinite(weights[name]).all():
-            raise UserError(f"{path}: {name} must be an array {shape} of finite numbers; {hint}")
+        values = weights[name]
+        if values.shape != shape or values.dtype.kind != "f" or not np.isfinite(values).all():
+            raise UserError(f"{path}: {name} must be an array {shape} of finite floating-point numbers; {hint}")
     return weights
 
 

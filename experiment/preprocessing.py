@@ -109,6 +109,8 @@ def load_preprocessing(path):
         if "pixel_range" in fields:
             low, high = fields["pixel_range"]
             fields["pixel_range"] = float(low), float(high)
+            if low >= high:
+                raise ValueError(fields)
         preprocessing = Preprocessing(**fields)
         short_side = 1 if preprocessing.short_side is None else preprocessing.short_side
         if not isinstance(preprocessing.digit, bool) or type(short_side) is not int or not 1 <= short_side <= 10_000:

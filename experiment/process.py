@@ -82,9 +82,11 @@ def run_script(name, main, settings, stopped="stopped"):
     """
     distribution = sys.modules.get("experiment.distribution")  # None for a script that does without Keras
     leave = distribution.leave if distribution else sys.exit
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # it warns of images of many sizes
+    logger = logging.getLogger("tensorflow")  # which warns of images of many sizes
+    level = logger.level
     earlier = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOP_SIGNALS}
     try:
+        logger.setLevel(logging.ERROR)
         for number, handler in earlier.items():
             if handler is not signal.SIG_IGN:  # as with `nohup` or in the background
                 signal.signal(number, stop)
@@ -97,9 +99,9 @@ def run_script(name, main, settings, stopped="stopped"):
     except (UserError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         leave(2)
-    except Stopped as signaled:
+    except KeyboardInterrupt as interrupt:
         print(f"\n{stopped}", file=sys.stderr)
-        leave(128 + signaled.args[0])
+        leave(128 + (interrupt.args or (signal.SIGINT,))[0])
     except Exception as error:
         if not distribution or distribution.process_count() == 1:
             raise
@@ -108,6 +110,7 @@ def run_script(name, main, settings, stopped="stopped"):
         print(f"{name}: stopped ({reason}); {hint}", file=sys.stderr)
         leave(2)
     finally:
+        logger.setLevel(level)
         for number, handler in earlier.items():
             signal.signal(number, handler)
 

@@ -1,5 +1,6 @@
 """The output folder of a training run. A run resumes after any kill, on a CPU bit for bit."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -85,6 +86,9 @@ class RunFolder:
         for pattern in (*names, SETTINGS):
             for path in self.out.glob(pattern):
                 path.unlink()
+        for folder in (self.out / WEIGHTS, *self.out.glob("img_[0-9]*")):
+            with contextlib.suppress(OSError):  # it is missing, or has other files
+                folder.rmdir()
 
     def open_page(self, samples, class_names):
         """Writes the page of the run; `samples` is the `Split` of the first test images."""

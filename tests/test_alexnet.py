@@ -99,6 +99,7 @@ TRANSPOSED = np.zeros((3, 3, 192, 384), np.float32)
     [
         ({"features.3.bias": None}, "cannot be read .*features.3.bias is not a file"),
         ({"features.6.weight": TRANSPOSED}, r"features.6.weight must be an array \(384, 192, 3, 3\)"),
+        ({"features.0.bias": np.zeros(64, int)}, "features.0.bias must be .* floating-point"),
         ({"features.0.bias": np.array([{}] * 64)}, "cannot be read .*pickle"),
         ({"features.8.bias": np.full(256, np.nan)}, "features.8.bias must be .* finite"),
         (b"not a zip", "cannot be read"),

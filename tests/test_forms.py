@@ -181,13 +181,19 @@ FEW = ("functional", "noise_and_batch_normalization", "nested_backbone_that_pool
     "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in FORMS]
 )
 def test_saved_and_loaded(name, tmp_path):
+    """The model, and the model of its maps; and a copy of that."""
     keras.utils.set_random_seed(1)
     model = FORMS[name]()
-    images = inputs_of(model)
+    images, cam_model = inputs_of(model), exact_cam_model(model)
     expected = call(model, images)
     model.save(tmp_path / "model.keras")
+    cam_model.save(tmp_path / "cam.keras")
     loaded = exact_cam_model(keras.models.load_model(tmp_path / "model.keras"))
     assert_exact(loaded, expected, images, call=keras.Model.predict_on_batch)  # in a graph, as `Network` does
+    assert_exact(keras.models.load_model(tmp_path / "cam.keras"), expected, images)
+    clone = keras.models.clone_model(cam_model)
+    clone.set_weights(cam_model.get_weights())
+    assert_exact(clone, expected, images)
 
 
 @pytest.mark.parametrize("name", [*FEW, "sequential", "mobilenet", "second_linear_dense_layer"])

@@ -118,7 +118,7 @@ def test_unloadable_file_is_named(tmp_path, name, save, text):
 
 
 def test_damaged_preprocessing_file_is_named(tmp_path):
-    wrong_values = '{"pixel_range": 1}', '{"short_side": 0}', '{"digit": "false"}'
+    wrong_values = '{"pixel_range": [1, 0]}', '{"pixel_range": 1}', '{"short_side": 0}', '{"digit": "false"}'
     for text in ("{", "[]", '{"digits": true}', *wrong_values):
         (tmp_path / "mine_images.json").write_text(text)
         with pytest.raises(UserError, match=r"mine_images\.json must be like"):
