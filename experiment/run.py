@@ -106,8 +106,9 @@ class RunFolder:
         Shows the progress. On Ctrl-C or SIGTERM the step is completed and its state saved before `Stopped` is raised.
         """
         self.first, self.started, last = self.step + 1, time.monotonic(), self.settings.steps
-        width = shutil.get_terminal_size().columns  # 80 where the terminal says 0, for which tqdm shows nothing
-        bar = tqdm(desc="training", total=last, initial=max(self.step, 0), unit=" steps", disable=None, ncols=width)
+        columns, rows = shutil.get_terminal_size()  # 80 x 24 where the terminal says 0 x 0: tqdm would show nothing
+        size = {"ncols": columns, "nrows": rows}
+        bar = tqdm(desc="training", total=last, initial=max(self.step, 0), unit=" steps", disable=None, **size)
         with bar as self.bar:
             try:
                 for step in range(self.first, last + 1):
