@@ -1,7 +1,7 @@
 """Trains LeNet on cluttered MNIST, and shows where it looks as it learns.
 
     python mnist.py                      the default recipe: heatmaps in out/
-    python mnist.py --recipe original    the training of 2017: 100,000 steps of plain gradient descent
+    python mnist.py --recipe original    as the repository of 2017 trained: 100,000 steps of plain gradient descent
 
 tarball -> arrays -> batches -> LeNet -> feature maps -> class activation maps -> heatmaps
 """
@@ -162,7 +162,7 @@ def evaluate_model(settings):
 def parse_arguments(arguments=None):
     """The settings of a command line: a list of arguments, by default those of the process."""
     parser = make_parser("mnist.py", __doc__, SETTINGS, RECIPES)
-    text = "only measure a saved model, or a checkpoint of the original"
+    text = "only measure a saved model, or a checkpoint of the repository of 2017"
     parser.add_argument("--evaluate", type=Path, metavar="MODEL", help=text)
     settings = parser.parse_args(arguments)
     fill_in_recipe(parser, settings, settings.recipe, RECIPES)

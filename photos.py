@@ -98,7 +98,7 @@ def train_model(settings):
 
     # Test photos; the first ones are evaluated during training, and kept in memory
     first = max(FIRST_TEST_PHOTOS, len(names), settings.samples)  # the classes take turns, so each has one
-    test = make_split(test, settings.short_side, lru_cache(first)(recipe.prepare))
+    test = make_split(test, settings.short_side, recipe.prepare, first)
     samples = test.first(settings.samples)  # the S photos of the heatmaps
     photos = list(samples.images)  # (H, W, 3) uint8 each
 
@@ -136,36 +136,28 @@ def train_model(settings):
 class Linear:
     """Section 4: a frozen network, and softmax weights that are trained on its pooled features F_k.
 
+        network            photos -> f_k (N, h, w, K), frozen
+        pooling            f_k -> F_k (N, K)
+        softmax_weights    F_k -> S_c (N, C)
+
     Attributes:
         preprocessing: `Preprocessing` of the photos.
-        classifier: Model from f_k (N, h, w, K), which `prepare` returns for a photo, to S_c (N, C).
-        trained: The same softmax weights as a compiled model from F_k (N, K), which `batches` yields.
+        classifier: Model from f_k, which `prepare` returns for a photo, to S_c: `pooling` and `softmax_weights`.
+        trained: Model from F_k, which `batches` yields, to S_c: the same `softmax_weights` alone, compiled.
     """
 
     def __init__(self, settings, names):
-        self.settings, path = settings, Path(settings.network)
-        self.network, preprocessing = load_features(settings.network)  # photos -> f_k
-        if settings.short_side:
-            preprocessing = preprocessing._replace(short_side=settings.short_side)
-        elif self.network.input_shape[1:3] == (None, None) and not (preprocessing.short_side or preprocessing.digit):
-            preprocessing = preprocessing._replace(short_side=SHORT_SIDE)
-        self.input_shape = check_inputs(settings.network, self.network.inputs, preprocessing)
-        if not (preprocessing.preprocess or preprocessing.pixel_range):
-            file = preprocessing_file(path)
-            print(f"{path} gets pixels of 0..255; if it was trained on others, say so in {file}")
-            preprocessing = preprocessing._replace(pixel_range=(0, 255))
-        settings.short_side = preprocessing.short_side or SHORT_SIDE  # of the photos as they are shown
-        source = path.read_bytes() if path.is_file() else (settings.network, keras.__version__)
-        settings.pretrained_checksum = checksum([source, preprocessing])
-        self.preprocessing = preprocessing
-        self.name = path.stem.lower()
+        self.settings, self.name = settings, Path(settings.network).stem.lower()
+        self.network, preprocessing = load_features(settings.network)
+        self.preprocessing, self.input_shape = complete_preprocessing(preprocessing, self.network, settings)
         self.pooling = layers.GlobalAveragePooling2D(dtype="float32", name="gap")
         self.softmax_weights = layers.Dense(len(names), use_bias=False, dtype="float32", name="softmax_weights")
+
         feature_maps = keras.Input(self.network.output_shape[1:])
         self.classifier = self.build(feature_maps, feature_maps)
-        keep_zero_mean_over_classes(self.softmax_weights)  # ours, not the paper's: see its docstring
         pooled = keras.Input(self.network.output_shape[-1:])
         self.trained = keras.Model(pooled, self.softmax_weights(pooled), name=self.name)
+        keep_zero_mean_over_classes(self.softmax_weights)  # ours, not the paper's: see its docstring
         compile_classifier(self.trained, keras.optimizers.Adam(settings.learning_rate), settings.label_smoothing)
 
     def build(self, images, feature_maps):
@@ -245,14 +237,41 @@ class Gap:
         return network, network
 
 
+def complete_preprocessing(preprocessing, network, settings):
+    """Adds to the recorded `Preprocessing` of a frozen network the size of the photos and the range of their pixels.
+
+    Returns it, and the shape of a photo, (h, w, channels). `settings` get the size at which photos are shown, and a
+    checksum of what their features depend on.
+    """
+    path = Path(settings.network)
+    if settings.short_side:
+        preprocessing = preprocessing._replace(short_side=settings.short_side)
+    elif network.input_shape[1:3] == (None, None) and not (preprocessing.short_side or preprocessing.digit):
+        preprocessing = preprocessing._replace(short_side=SHORT_SIDE)
+    input_shape = check_inputs(path, network.inputs, preprocessing)
+    if not (preprocessing.preprocess or preprocessing.pixel_range):
+        file = preprocessing_file(path)
+        print(f"{path} gets pixels of 0..255; if it was trained on others, say so in {file}")
+        preprocessing = preprocessing._replace(pixel_range=(0, 255))
+    settings.short_side = preprocessing.short_side or SHORT_SIDE
+    source = path.read_bytes() if path.is_file() else (settings.network, keras.__version__)
+    settings.pretrained_checksum = checksum([source, preprocessing])
+    return preprocessing, input_shape
+
+
 def compile_classifier(model, optimizer, label_smoothing):
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=JIT_COMPILE)
 
 
-def make_split(photos, short_side, prepare):
-    """The `Split` of photos, shown at `short_side` pixels on the short side; `prepare` makes the network's inputs."""
+def make_split(photos, short_side, prepare, cached=0):
+    """The `Split` of photos, shown at `short_side` pixels on the short side; `prepare` makes the network's inputs.
 
+    The pixels and inputs of so many photos, `cached`, are kept in memory.
+    """
+    prepare = lru_cache(cached)(prepare)
+
+    @lru_cache(cached)
     def show(photo):
         return np.rint(scale_short_side(read_photo(photo).pixels, short_side)).astype(np.uint8)
 

@@ -140,17 +140,18 @@ def draw(file, title, cams, maps):
 def main(arguments=None):
     parser = ArgumentParser("show.py", __doc__)
     flag = parser.add_argument
-    flag("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
-    text = "saved model, checkpoint of the original, or network of keras.applications"
+    flag("images", nargs="+", type=Path, metavar="IMAGE", help="image files, folders, or patterns such as '*.jpg'")
+    text = "saved model, checkpoint of the repository of 2017, or network of keras.applications"
     flag("--model", help=f"{text} (default: {LENETS[0]} or, without a run, the LeNet in data/)")
     flag("--top", default=5, type=bounded(1), help="number of top classes to show (default: 5)")
-    flag("--class", nargs="+", type=int, dest="classes", metavar="C", help="show this class, or one for each image")
+    text = "number of the class to show, or one for each image"
+    flag("--class", nargs="+", type=int, dest="classes", metavar="C", help=text)
     flag("--out", default=Path("out"), type=Path, help="folder for the figures, cam_NAME.png (default: out)")
     flag("--npy", action="store_true", help="also write the maps, not upsampled, cam_NAME.npy (n, h, w) float32")
-    flag("--relu", action="store_true", help="set negative values of the maps to zero, which the paper does not")
+    flag("--relu", action="store_true", help="set negative values of the maps to zero (not in the paper)")
     text = "values of black and white for a saved model, such as 0 1 or -1 1 (default: 0 255)"
     flag("--pixel-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
-    text = "preprocess images for a saved model as this module of keras.applications, such as resnet"
+    text = "prepare images for a saved model by preprocess_input of this module of keras.applications, such as resnet"
     flag("--preprocess", help=text)
     flag("--output-name", dest="output", metavar="NAME", help="name of the output, if the model has several")
     process.run_script("show.py", show, parser.parse_args(arguments))

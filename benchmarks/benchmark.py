@@ -1,4 +1,4 @@
-"""How fast this project is, against what a user would do instead: a Markdown table, measured where it runs.
+"""How fast this project is, compared with what one would do instead: a Markdown table, measured where it runs.
 
     python benchmarks/benchmark.py                     everything but photos
     python benchmarks/benchmark.py training maps       some parts of it
@@ -9,7 +9,7 @@ Each thing (see contestants.py) is measured in a process of its own, which has w
 measured; a whole program starts anew for each measure. The things of a part take turns, A B C A B C ..., `--rounds`
 times (what takes long, three times; a whole run of mnist.py, once). A ratio is that of two measures of one round, the
 other to ours: above 1, the other takes more time or memory, or is more accurate. The table has the median of the
-ratios, and the least and the greatest. Nothing else should run meanwhile.
+ratios, and the least and the greatest. Run it on a machine that does nothing else.
 
 Both sides of a row compute in the same precision. Rows in bfloat16 are there only if this machine is faster with it.
 
@@ -17,7 +17,7 @@ Peers that are not installed are left out and named below the table. To install 
 
     pip install torch torchcam tf-keras-vis
 
-pytorch-grad-cam is no peer here: it asks for torchvision.
+pytorch-grad-cam is not among them, since it needs torchvision.
 
 What is compared: here, training is that of mnist.py, with AdamW and hidden locations, on images of full size; that of
 the peers is plain gradient descent. The maps of the peers are those of one class, at the size of the feature maps, as
@@ -150,16 +150,16 @@ def training(options):
 
 
 def run(options):
-    precision = options.precisions[-1]
-    flags = "--data", str(options.data.resolve()), "--precision", precision, "--out"
-    contest = {HERE: (contestants.run_script, "mnist.py", *flags)}
-    measures = race("run", options, contest, 1)  # time and memory hardly vary
-    seconds, memory, accuracy = measures[HERE][0]
     title = f"`python mnist.py`, {options.number:,} images"
-    yield [title, precision.removeprefix("mixed_"), f"{duration(seconds)}, accuracy {accuracy:.1%}", "-", "-"]
     rgb = np.array([options.bytes * 3 * 8])  # the pixels are uint8 and grey
-    measures = {HERE: np.array([memory]), "images as float64 RGB alone, not measured": rgb}
-    yield from compare(f"{title}, peak memory", precision, measures, gigabytes)
+    for precision in options.precisions:
+        flags = "--data", str(options.data.resolve()), "--precision", precision, "--out"
+        contest = {HERE: (contestants.run_script, "mnist.py", *flags)}
+        measures = race(f"run, {precision}", options, contest, 1)  # time and memory hardly vary
+        seconds, memory, accuracy = measures[HERE][0]
+        measures = {HERE: np.array([memory]), "the images as float64 RGB alone, not measured": rgb}
+        whole = f"{title}: {duration(seconds)}, accuracy {accuracy:.1%}; peak memory"
+        yield from compare(whole, precision, measures, gigabytes)
 
 
 def maps(options):

@@ -1,4 +1,4 @@
-"""Fine-tuning as the transfer learning tutorials of Keras and TensorFlow do it, for benchmark.py to compare with.
+"""Transfer learning as in the tutorials of Keras and TensorFlow, for benchmark.py to compare with.
 
     python benchmarks/fine_tune.py ARCHIVE NETWORK.keras OUT
 

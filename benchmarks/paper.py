@@ -7,9 +7,9 @@
     python benchmarks/paper.py features          section 4, table 5: digits that the network has never seen
     python benchmarks/paper.py crops             section 4.1, table 4: classifying what the box of a map shows
 
-Each prints a table, and writes a figure to out/paper if there are maps or crops to show. Networks are trained as by
-`python mnist.py`, which takes minutes each (half an hour with the fully connected layer), and their weights are kept
-there: comparisons share them. `--seeds 3` trains three of each.
+Each prints a table, and writes a figure to out/paper if there are maps or crops to show. Networks are trained with the
+settings of `python mnist.py`, which takes minutes each (`dense`, with settings of its own, half an hour), and their
+weights are kept there: comparisons share them. `--seeds 3` trains three of each.
 
     python benchmarks/paper.py backpropagation --model out/photos/efficientnetb0.keras --photos kangaroos.tar
 

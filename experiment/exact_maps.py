@@ -49,6 +49,55 @@ def exact_cam_model(model, output=None):
         raise UserError(f"model {model.name!r} has no exact class activation map: {reason}") from None
 
 
+@keras.saving.register_keras_serializable("cam")
+class LogitsAndMaps(layers.Layer):
+    """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
+
+    `operations` are models of one operation each, from a classifier's pooling to its output. Since they can be of any
+    kind, what they compute is found out with random numbers: pooling, head, and last `activation`, which is not
+    applied.
+    """
+
+    def __init__(self, operations, dtype="float32", **kwargs):
+        super().__init__(dtype=dtype, **kwargs)
+        self.supports_jit = bool(JIT_COMPILE)
+        if isinstance(operations[0], dict):  # from get_config
+            operations = keras.saving.deserialize_keras_object(operations)
+        kinds = {tensor.dtype for operation in operations for tensor in operation.inputs + operation.outputs}
+        kinds |= {getattr(operation.operations[-1], "dtype_policy", self.dtype_policy).name for operation in operations}
+        tolerance = 0.001 if kinds == {"float32"} else 0.03  # of the largest value: more if numbers are rounded
+        check_pooling(operations[0], tolerance)
+        self.operations = operations
+        self.head, self.activation = split_off_activation(operations, tolerance)
+        check_affine(self.head, tolerance)
+
+    def call(self, feature_maps):
+        pooling = self.operations[0]
+        logits = run(self.head, pooling([feature_maps]))  # F_k (N, K) -> S_c (N, C)
+        locations = ops.reshape(feature_maps, (-1, *pooling.output_shape[1:]))  # (N H W, K)
+        maps = run(self.head, locations) - self.biases()  # M_c (N H W, C)
+        return logits, ops.reshape(maps, (*ops.shape(feature_maps)[:3], maps.shape[1]))
+
+    def biases(self):
+        """b_c (1, C): S_c if all F_k are zero."""
+        return run(self.head, ops.zeros((1, *self.operations[0].output_shape[1:])))
+
+    def compute_output_spec(self, feature_maps):  # Keras would call it with a sparse tensor after x * 2, and fail
+        classes = math.prod(self.operations[-1].output_shape[1:])
+        shapes = [(*feature_maps.shape[:axis], classes) for axis in (1, 3)]  # (N, C), (N, H, W, C)
+        return [keras.KerasTensor(shape, "float32") for shape in shapes]
+
+    def get_config(self):
+        return super().get_config() | {"operations": keras.saving.serialize_keras_object(self.operations)}
+
+
+def run(operations, x):
+    """Applies operations to x; returns (N, C) float32."""
+    for operation in operations:
+        x = operation([x], training=False)
+    return ops.cast(ops.reshape(x, (-1, math.prod(x.shape[1:]))), "float32")
+
+
 def find_feature_maps(model, index=0):
     """Images, last feature maps (N, H, W, K), and the operations from there to an output, see `find_pooling`.
 
@@ -103,6 +152,43 @@ def check_whole_image(model):
             raise ValueError(f"layer {layer.name!r} crops or pads the image, so a map would not fit the image")
 
 
+def check_pooling(pooling, tolerance):
+    """Raises a ValueError if an operation is neither the mean nor the maximum over the locations."""
+    shape = [8, *(size or 5 for size in pooling.input_shape[1:])]
+    x = np.random.default_rng(0).normal(1, 2, shape).astype(np.float32)
+    if not any(is_close(pooling([x]), pool(x, axis=(1, 2)), tolerance) for pool in (ops.mean, ops.max)):
+        raise ValueError(f"layer {pooling.name!r} takes neither mean nor maximum of feature maps (N, H, W, K)")
+
+
+def split_off_activation(operations, tolerance):
+    """The operations from F_k to S_c, and the name of the last activation, which is an operation or a part of one."""
+    pooling, *operations = operations
+    x = np.random.default_rng(0).normal(size=[8, *pooling.output_shape[1:]])
+    x = (x.T * np.geomspace(0.01, 1, 8)).T.astype(np.float32)
+    output = run(operations, x)
+    for index in range(len(operations) - 1, -1, -1):
+        operation, head = operations[index], operations[:index]
+        if operation.weights:
+            fused = callable(getattr(operation.operations[-1], "activation", None))
+            head = [*head, without_activation(operation) if fused else operation]
+        logits = run(head, x)
+        for name, function in ACTIVATIONS.items():
+            if is_close(output, function(logits), tolerance) and (name != "linear" or operation.weights):
+                return head, name
+        if operation.weights:
+            break
+    return operations, "linear"
+
+
+def check_affine(head, tolerance):
+    """Raises a ValueError if an operation is not affine: f(x) + f(y) = f(x + y) + f(0)."""
+    for operation, scale in itertools.product(head, (0.1, 1, 10, 100)):
+        x, y = scale * np.random.default_rng(0).normal(size=(2, 8, *operation.input_shape[1:])).astype(np.float32)
+        fx, fy, fxy, f0 = ops.split(run([operation], np.concatenate([x, y, x + y, 0 * x])), 4)
+        if not is_close(fx + fy - f0, fxy, tolerance):
+            raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
+
+
 def without_activation(operation):
     """The same model of one layer, with the same weights, but with no activation."""
     layer = operation.operations[-1]
@@ -114,83 +200,3 @@ def without_activation(operation):
 def is_close(found, expected, tolerance):
     found, expected = (ops.convert_to_numpy(ops.cast(ops.reshape(x, -1), "float32")) for x in (found, expected))
     return found.shape == expected.shape and np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
-
-
-@keras.saving.register_keras_serializable("cam")
-class LogitsAndMaps(layers.Layer):
-    """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
-
-    `operations` are models of one operation each, from a classifier's pooling to its output; `activation` names the
-    last activation, which is not applied.
-    """
-
-    def __init__(self, operations, dtype="float32", **kwargs):
-        super().__init__(dtype=dtype, **kwargs)
-        self.supports_jit = bool(JIT_COMPILE)
-        if isinstance(operations[0], dict):  # from get_config
-            operations = keras.saving.deserialize_keras_object(operations)
-        self.operations, self.activation = operations, "linear"
-        kinds = {tensor.dtype for operation in operations for tensor in operation.inputs + operation.outputs}
-        kinds |= {getattr(operation.operations[-1], "dtype_policy", self.dtype_policy).name for operation in operations}
-        self.tolerance = 0.001 if kinds == {"float32"} else 0.03  # of the largest value: more if numbers are rounded
-
-        pooling, rng = operations[0], np.random.default_rng(0)
-        x = rng.normal(1, 2, [8, *(size or 5 for size in pooling.input_shape[1:])]).astype(np.float32)
-        if not any(is_close(pooling([x]), pool(x, axis=(1, 2)), self.tolerance) for pool in (ops.mean, ops.max)):
-            raise ValueError(f"layer {pooling.name!r} takes neither mean nor maximum of feature maps (N, H, W, K)")
-        self.find_head()
-        self.check_head()
-
-    def find_head(self):
-        """Finds the operations from F_k to S_c: all after the pooling, without the last activation."""
-        x = np.random.default_rng(0).normal(size=[8, *self.operations[0].output_shape[1:]])
-        x = (x.T * np.geomspace(0.01, 1, 8)).T.astype(np.float32)
-        self.head = self.operations[1:]
-        output = run(self.head, x)
-        for index in range(len(self.operations) - 1, 0, -1):  # the activation is an operation, or a part of a layer
-            operation = self.operations[index]
-            head = self.operations[1:index]
-            if operation.weights:
-                fused = callable(getattr(operation.operations[-1], "activation", None))
-                head = [*head, without_activation(operation) if fused else operation]
-            logits = run(head, x)
-            for name, function in ACTIVATIONS.items():
-                if is_close(output, function(logits), self.tolerance):
-                    self.head, self.activation = head, name
-                    break
-            if operation.weights or self.activation != "linear":
-                return
-
-    def call(self, feature_maps):
-        pooling = self.operations[0]
-        logits = run(self.head, pooling([feature_maps]))  # F_k (N, K) -> S_c (N, C)
-        locations = ops.reshape(feature_maps, (-1, *pooling.output_shape[1:]))  # (N H W, K)
-        maps = run(self.head, locations) - self.biases()  # M_c (N H W, C)
-        return logits, ops.reshape(maps, (*ops.shape(feature_maps)[:3], maps.shape[1]))
-
-    def biases(self):
-        """b_c (1, C): S_c if all F_k are zero."""
-        return run(self.head, ops.zeros((1, *self.operations[0].output_shape[1:])))
-
-    def compute_output_spec(self, feature_maps):  # Keras would call it with a sparse tensor after x * 2, and fail
-        classes = math.prod(self.operations[-1].output_shape[1:])
-        shapes = [(*feature_maps.shape[:axis], classes) for axis in (1, 3)]  # (N, C), (N, H, W, C)
-        return [keras.KerasTensor(shape, "float32") for shape in shapes]
-
-    def check_head(self):
-        """Raises a ValueError if an operation of the head is not affine: f(x) + f(y) = f(x + y) + f(0)."""
-        for operation, scale in itertools.product(self.head, (0.1, 1, 10, 100)):
-            x, y = scale * np.random.default_rng(0).normal(size=(2, 8, *operation.input_shape[1:])).astype(np.float32)
-            fx, fy, fxy, f0 = ops.split(run([operation], np.concatenate([x, y, x + y, 0 * x])), 4)
-            if not is_close(fx + fy - f0, fxy, self.tolerance):
-                raise ValueError(f"layer {operation.name!r}, between pooling and logits, is not affine")
-
-    def get_config(self):
-        return super().get_config() | {"operations": keras.saving.serialize_keras_object(self.operations)}
-
-
-def run(operations, x):
-    """Applies operations to x; returns (N, C) float32."""
-    for operation in operations:
-        x = operation([x], training=False)
-    return ops.cast(ops.reshape(x, (-1, math.prod(x.shape[1:]))), "float32")

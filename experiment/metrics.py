@@ -71,13 +71,12 @@ def evaluate(cam_model, test, all_metrics=False):
             logits.append(batch_logits)
             class_maps = class_maps[np.arange(len(images)), :, :, test.labels[indices]]  # (n, h, w)
             maps.extend(class_maps)
-            if test.boxes is not None:
-                size = test.images[indices[0]].shape[:2]  # the images of a batch have one size
+            with_boxes = [i for i in indices if test.boxes is not None and test.boxes[i] is not None]
+            if with_boxes:
+                size = test.images[with_boxes[0]].shape[:2]  # the images of a batch have one size
                 upsampled = upsample(class_maps, *size)
-                for index, class_map in zip(indices, upsampled, strict=True):
-                    if test.boxes[index] is not None:
-                        measured.append(measure_map(class_map, test.boxes[index], all_metrics))
-                        boxed.append(index)
+                measured += [measure_map(upsampled[i - indices[0]], test.boxes[i], all_metrics) for i in with_boxes]
+                boxed += with_boxes
             progress.update(len(images))
     logits = np.concatenate(logits)
     true_ranks = ranks(logits, test.labels)
@@ -138,27 +137,28 @@ def measure_map(class_map, boxes, all_metrics=False):
         found = np.array([largest_component_box(normalized >= share) or (0, 0, 0, 0) for share in BOX_THRESHOLDS])
         measured["ious"] = intersection_over_union(found[:, None], boxes).max(axis=1)
         bins = (normalized * PIXEL_BINS).astype(int)
-        measured["inside"] = np.bincount(bins[mask], minlength=PIXEL_BINS + 1)
-        measured["outside"] = np.bincount(bins[~mask], minlength=PIXEL_BINS + 1)
+        for name, pixels in (("inside", mask), ("outside", ~mask)):
+            measured[name] = np.bincount(bins[pixels], minlength=PIXEL_BINS + 1).astype(np.uint32)
     return measured
 
 
 def summarize(measured, ranks):
     """Metrics of N images, from what `measure_map` returns for each, and the `ranks` of the true classes (N,)."""
-    measured = {name: np.array([image[name] for image in measured]) for name in measured[0]}  # name -> (N, ...)
-    localized = measured["iou"] >= IOU_THRESHOLD
+    ious = np.array([image["iou"] for image in measured])  # (N,)
+    localized = ious >= IOU_THRESHOLD
     metrics = {
         "gt_known": localized.mean(),
         "top1": (localized & (ranks < 1)).mean(),
         "top5": (localized & (ranks < 5)).mean(),
-        "mean_iou": measured["iou"].mean(),
-        "pointing": measured["pointing"].mean(),
-        "energy": measured["energy"].mean(),
+        "mean_iou": ious.mean(),
+        "pointing": np.mean([image["pointing"] for image in measured]),
+        "energy": np.mean([image["energy"] for image in measured]),
     }
-    if "ious" in measured:
-        shares = (measured["ious"] >= IOU_THRESHOLD).mean(axis=0)  # at each threshold
+    if "ious" in measured[0]:
+        shares = np.mean([image["ious"] >= IOU_THRESHOLD for image in measured], axis=0)  # at each threshold
         metrics |= {"max_box_acc": shares.max(), "threshold": BOX_THRESHOLDS[shares.argmax()]}
-        metrics["pxap"] = average_precision(measured["inside"].sum(axis=0), measured["outside"].sum(axis=0))
+        inside, outside = (sum(image[name].astype(int) for image in measured) for name in ("inside", "outside"))
+        metrics["pxap"] = average_precision(inside, outside)
     return {name: float(value) for name, value in metrics.items()}
 
 

@@ -17,16 +17,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what `kill` and a 
 RESUME = "stopped; run the same command again, without --fresh, to continue"
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; its argument is the number of the signal."""
-
-
-class Signals:
-    """State of the signal handler: whether a signal has to wait, and the one that came meanwhile."""
-
-    wait, came = False, None
-
-
 def start():
     """Makes the console usable in any state, and imports Keras quietly. Scripts call it before they import Keras."""
     for name in ("stdout", "stderr"):
@@ -117,18 +107,4 @@ def run_script(name, main, settings, stopped="stopped"):
 
 def stop(number, frame):
     """The signal handler."""
-    if not Signals.wait:
-        raise Stopped(number)
-    Signals.came = number
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Delays Ctrl-C and SIGTERM to the end of the block, where they raise `Stopped`."""
-    Signals.wait, Signals.came = True, None
-    try:
-        yield
-    finally:
-        Signals.wait = False
-    if Signals.came:
-        raise Stopped(Signals.came)
+    raise KeyboardInterrupt(number)

@@ -20,7 +20,7 @@ from experiment.metrics import METRIC_TITLES, SHOWN_METRICS, format_metrics
 from experiment.networks import class_names_file, save_network
 from experiment.pages import PAGES, write_page, write_run_js
 from experiment.preprocessing import preprocessing_file
-from experiment.process import START, Stopped, uninterrupted
+from experiment.process import START
 
 SETTINGS, HISTORY, WEIGHTS, LOCK = "settings.json", "history.csv", "weights", "lock"
 LAST = "accuracy.png"  # the last file of a run
@@ -63,7 +63,7 @@ class RunFolder:
         self.kept = {due[index] for index in geometric_indices(len(due), keep_weights)}
         self.checkpoint = Checkpoint(self.out, model)
         if progress := self.checkpoint.restore():
-            self.step, self.history, self.losses = (progress[name] for name in ("step", "history", "losses"))
+            self.step, self.history = progress["step"], progress["history"]
         self.finished = self.step == settings.steps and self.model_file.exists() and (self.out / LAST).exists()
         if self.finished:
             print(f"{self.out} already holds this finished run; --fresh deletes it and starts over")
@@ -103,24 +103,19 @@ class RunFolder:
     def steps(self):
         """Yields the steps that are still to do, from 0, at which the untrained model is evaluated, to the last.
 
-        Shows the progress. On Ctrl-C or SIGTERM the step is completed and its state saved before `Stopped` is raised.
+        Shows the progress. A run that is stopped, in whatever way, resumes after its last evaluation.
         """
         self.first, self.started, last = self.step + 1, time.monotonic(), self.settings.steps
         columns, rows = shutil.get_terminal_size()  # 80 x 24 where the terminal says 0 x 0: tqdm would show nothing
         size = {"ncols": columns, "nrows": rows}
         bar = tqdm(desc="training", total=last, initial=max(self.step, 0), unit=" steps", disable=None, **size)
         with bar as self.bar:
-            try:
-                for step in range(self.first, last + 1):
-                    self.step = step
-                    bar.update(step > 0)
-                    if step == last:
-                        bar.close()  # the final evaluation has a bar of its own
-                    with uninterrupted():
-                        yield step
-            except Stopped:
-                self.save_checkpoint()
-                raise
+            for step in range(self.first, last + 1):
+                self.step = step
+                bar.update(step > 0)
+                if step == last:
+                    bar.close()  # the final evaluation has a bar of its own
+                yield step
 
     def is_due(self, step):
         """Whether a step is to be evaluated: every `eval_every` steps, the first and the last."""
@@ -151,7 +146,7 @@ class RunFolder:
             writer.writeheader()
             writer.writerows(self.history)
         write_run_js(self.out, self.samples, self.history, finished=False)
-        self.save_checkpoint()
+        self.checkpoint.save({"step": self.step, "history": self.history})
         self.report(loss, metrics)
 
     def report(self, loss, metrics):
@@ -162,9 +157,6 @@ class RunFolder:
             seconds = (time.monotonic() - self.started) / (self.step - self.first + 1)
             left = seconds * (self.settings.steps - self.step)
             print(f"step {self.step:,}: loss {loss:.3f}, test {', '.join(shown)}, {left:.0f} s left", flush=True)
-
-    def save_checkpoint(self):
-        self.checkpoint.save({"step": self.step, "history": self.history, "losses": self.losses})
 
     def save_model(self, model, class_names, preprocessing):
         """Saves the trained model, before the figures, so that nothing that fails there can lose it."""

@@ -32,10 +32,10 @@ def bounded(least, most=sys.maxsize, kind=int):
 
 # Type or choices, and help text, of every setting that an experiment can have.
 FLAGS = {
-    "data": (Path, "data set"),
+    "data": (Path, "folder of the data set; a .tar of it will do for photos"),
     "recipe": (("default", "original"), "how to train"),
     "network": (str, "alexnet, a name of keras.applications, or the file of a saved Keras network"),
-    "weights": (Path, "ImageNet weights of alexnet's convolutions, by torchvision's names, or none"),
+    "weights": (Path, ".npz file of alexnet's ImageNet convolutions, by torchvision's names; none: random weights"),
     "out": (Path, "folder to write to"),
     "steps": (bounded(1), "training steps"),
     "epochs": (bounded(1), "passes through the training images, an alternative to --steps"),

@@ -67,7 +67,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_never_stopped(small_data
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_run_that_is_asked_to_stop_ends_the_step_and_saves(small_data, whole_run, tmp_path, number, code):
+def test_a_run_that_is_asked_to_stop_says_how_to_continue(small_data, whole_run, tmp_path, number, code):
     with start("mnist.py", *arguments(small_data, tmp_path)) as process:
         send_signal(process, number, tmp_path / "img_0" / "cmap_8.png")
         _, errors = process.communicate(timeout=60)

@@ -298,6 +298,16 @@ def test_features_depend_on_all_of_the_network(tmp_path):
     assert len(found) == 2
 
 
+def test_photos_that_are_evaluated_again_are_read_once(archive, monkeypatch):
+    _, test, *_ = load_photos(archive)
+    files = []
+    monkeypatch.setattr(photos, "read_photo", lambda file: files.append(file) or read_photo(file))
+    split = photos.make_split(test, 64, lambda file: None, cached=len(test.files))
+    first, second = list(split.images), list(split.images)
+    assert files == test.files
+    assert all(map(np.array_equal, first, second))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(48, 64), None])
 def test_any_network(size, archive, tmp_path, monkeypatch):

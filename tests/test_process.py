@@ -54,20 +54,6 @@ def test_how_a_script_ends_in_a_host(event, ended, line, host, capsys):
     assert dict(os.environ) == environment
 
 
-def test_a_signal_in_an_uninterrupted_block_comes_at_its_end(capsys):
-    done = []
-
-    def main(settings):
-        with process.uninterrupted():
-            os.kill(os.getpid(), signal.SIGTERM)
-            done.append("block")
-        done.append("after it")
-
-    with pytest.raises(SystemExit) as ended:
-        process.run_script("a.py", main, None)
-    assert (ended.value.code, done) == (143, ["block"])
-
-
 def test_a_signal_that_the_process_ignores_stays_ignored():
     earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as `nohup` and background jobs do
     try:
