@@ -1,7 +1,7 @@
 """Trains LeNet on cluttered MNIST, and shows where it looks as it learns.
 
     python mnist.py                      the default recipe: heatmaps in out/
-    python mnist.py --recipe original    as the repository of 2017 trained: 100,000 steps of plain gradient descent
+    python mnist.py --recipe original    as in the repository of 2017: 100,000 steps of plain gradient descent
 
 tarball -> arrays -> batches -> LeNet -> feature maps -> class activation maps -> heatmaps
 """

@@ -16,7 +16,6 @@ from experiment import process
 if __name__ == "__main__":
     process.start()  # before TensorFlow is imported, which logs its start-up
 
-from functools import lru_cache
 from pathlib import Path
 
 import keras
@@ -25,18 +24,17 @@ from keras import layers
 
 import cam
 from alexnet import CONVOLUTIONS, CROP_SIDE, alexnet, set_convolutions
-from data.dataset import Split
-from data.photo_folders import load_all_photos, load_photos, read_photo
+from data.photo_folders import load_all_photos, load_photos, make_split, read_photo
 from experiment.distribution import own_part, use_all_devices
 from experiment.features import load_pooled_features, prefetch
 from experiment.figures import report_classes, save_figures
 from experiment.files import UserError, checksum
-from experiment.images import Mapped, random_crop, scale_short_side
+from experiment.images import random_crop
 from experiment.metrics import evaluate, format_metrics
 from experiment.networks import load_features, load_torchvision_convolutions
 from experiment.pictures import save_heatmaps, save_images
 from experiment.predict import Network
-from experiment.preprocessing import Preprocessing, check_inputs, preprocessing_file
+from experiment.preprocessing import SHORT_SIDE, Preprocessing, complete_preprocessing
 from experiment.run import RunFolder
 from experiment.settings import bounded, fill_in_recipe, make_parser
 from experiment.training import JIT_COMPILE, batch_indices, keep_zero_mean_over_classes, set_seed, warmup_cosine
@@ -68,7 +66,6 @@ RECIPES = {
         "precision": "auto",
     },
 }
-SHORT_SIDE = 256  # as ImageNet networks are tested
 FIRST_TEST_PHOTOS = 100  # evaluated during training; the final evaluation takes all
 
 
@@ -147,9 +144,14 @@ class Linear:
     """
 
     def __init__(self, settings, names):
-        self.settings, self.name = settings, Path(settings.network).stem.lower()
-        self.network, preprocessing = load_features(settings.network)
-        self.preprocessing, self.input_shape = complete_preprocessing(preprocessing, self.network, settings)
+        self.settings, path = settings, Path(settings.network)
+        self.name = path.stem.lower()
+        self.network, recorded = load_features(settings.network)
+        self.preprocessing = complete_preprocessing(recorded, path, self.network.inputs, settings.short_side)
+        self.input_shape = self.network.input_shape[1:]
+        settings.short_side = self.preprocessing.short_side or SHORT_SIDE  # of the photos as they are shown
+        source = path.read_bytes() if path.is_file() else (settings.network, keras.__version__)
+        settings.pretrained_checksum = checksum([source, self.preprocessing])
         self.pooling = layers.GlobalAveragePooling2D(dtype="float32", name="gap")
         self.softmax_weights = layers.Dense(len(names), use_bias=False, dtype="float32", name="softmax_weights")
 
@@ -237,49 +239,9 @@ class Gap:
         return network, network
 
 
-def complete_preprocessing(preprocessing, network, settings):
-    """Adds to the recorded `Preprocessing` of a frozen network the size of the photos and the range of their pixels.
-
-    Returns it, and the shape of a photo, (h, w, channels). `settings` get the size at which photos are shown, and a
-    checksum of what their features depend on.
-    """
-    path = Path(settings.network)
-    if settings.short_side:
-        preprocessing = preprocessing._replace(short_side=settings.short_side)
-    elif network.input_shape[1:3] == (None, None) and not (preprocessing.short_side or preprocessing.digit):
-        preprocessing = preprocessing._replace(short_side=SHORT_SIDE)
-    input_shape = check_inputs(path, network.inputs, preprocessing)
-    if not (preprocessing.preprocess or preprocessing.pixel_range):
-        file = preprocessing_file(path)
-        print(f"{path} gets pixels of 0..255; if it was trained on others, say so in {file}")
-        preprocessing = preprocessing._replace(pixel_range=(0, 255))
-    settings.short_side = preprocessing.short_side or SHORT_SIDE
-    source = path.read_bytes() if path.is_file() else (settings.network, keras.__version__)
-    settings.pretrained_checksum = checksum([source, preprocessing])
-    return preprocessing, input_shape
-
-
 def compile_classifier(model, optimizer, label_smoothing):
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=label_smoothing)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=JIT_COMPILE)
-
-
-def make_split(photos, short_side, prepare, cached=0):
-    """The `Split` of photos, shown at `short_side` pixels on the short side; `prepare` makes the network's inputs.
-
-    The pixels and inputs of so many photos, `cached`, are kept in memory.
-    """
-    prepare = lru_cache(cached)(prepare)
-
-    @lru_cache(cached)
-    def show(photo):
-        return np.rint(scale_short_side(read_photo(photo).pixels, short_side)).astype(np.uint8)
-
-    boxes = photos.boxes
-    if boxes is not None:
-        scales = [short_side / min(photo.height, photo.width) for photo in photos.files]
-        boxes = [found if found is None else scale * found for scale, found in zip(scales, boxes, strict=True)]
-    return Split(Mapped(show, photos.files), photos.labels, boxes, Mapped(prepare, photos.files))
 
 
 def evaluate_model(settings):

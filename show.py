@@ -151,7 +151,7 @@ def main(arguments=None):
     flag("--relu", action="store_true", help="set negative values of the maps to zero (not in the paper)")
     text = "values of black and white for a saved model, such as 0 1 or -1 1 (default: 0 255)"
     flag("--pixel-range", nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
-    text = "prepare images for a saved model by preprocess_input of this module of keras.applications, such as resnet"
+    text = "apply preprocess_input of this module of keras.applications to images for a saved model, such as resnet"
     flag("--preprocess", help=text)
     flag("--output-name", dest="output", metavar="NAME", help="name of the output, if the model has several")
     process.run_script("show.py", show, parser.parse_args(arguments))

@@ -38,16 +38,16 @@ from tqdm import tqdm, trange
 import cam
 import mnist
 from data.dataset import CLASSES, Split, load_dataset
-from data.photo_folders import load_all_photos, read_photo
+from data.photo_folders import load_all_photos, make_split, read_photo
 from experiment.figures import save_grid
 from experiment.files import UserError, atomic_write
 from experiment.metrics import METRIC_TITLES, batches, evaluate, measure_map, ranks, summarize
 from experiment.pictures import draw_box, enlarge, to_image
 from experiment.predict import Network
+from experiment.preprocessing import SHORT_SIDE
 from experiment.settings import ArgumentParser, bounded
 from experiment.training import batch_indices, set_seed, shrink
 from lenet import RECEPTIVE_FIELD, lenet
-from photos import SHORT_SIDE, make_split
 
 DATA, OUT = Path("data"), Path("out/paper")
 LOCALIZATION = ("gt_known", "mean_iou", "pointing", "pxap")

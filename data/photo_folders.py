@@ -13,6 +13,7 @@ import io
 import posixpath
 import re
 from collections import defaultdict
+from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +22,10 @@ import numpy as np
 from tqdm.contrib.concurrent import thread_map
 
 from data.archive import File, list_files, printable, read_bytes
+from data.dataset import Split
 from data.photo_boxes import BOXES_CSV, read_boxes
 from experiment.files import UserError
-from experiment.images import MAX_ASPECT_RATIO, SUFFIXES, read_picture
+from experiment.images import MAX_ASPECT_RATIO, SUFFIXES, Mapped, read_picture, scale_short_side
 
 TEST_PHOTOS = 10  # of each class
 FOLDS = 5  # of the training photos, for validation
@@ -152,6 +154,24 @@ def make_photos(files, labels, boxes):
 def read_photo(file):
     """Reads a photo as a `Picture`; raises a UserError or OSError that names it if that is not possible."""
     return read_picture(io.BytesIO(read_bytes(file)), printable(file.name))
+
+
+def make_split(photos, short_side, prepare, cached=0):
+    """The `Split` of photos, shown at `short_side` pixels on the short side; `prepare` makes the network's inputs.
+
+    Pixels and inputs of the last `cached` photos are kept in memory.
+    """
+    prepare = lru_cache(cached)(prepare)
+
+    @lru_cache(cached)
+    def show(photo):
+        return np.rint(scale_short_side(read_photo(photo).pixels, short_side)).astype(np.uint8)
+
+    boxes = photos.boxes
+    if boxes is not None:
+        scales = [short_side / min(photo.height, photo.width) for photo in photos.files]
+        boxes = [found if found is None else scale * found for scale, found in zip(scales, boxes, strict=True)]
+    return Split(Mapped(show, photos.files), photos.labels, boxes, Mapped(prepare, photos.files))
 
 
 def find_photos(archive):

@@ -53,8 +53,8 @@ def exact_cam_model(model, output=None):
 class LogitsAndMaps(layers.Layer):
     """Feature maps f_k (N, H, W, K) -> logits S_c (N, C) and class activation maps M_c (N, H, W, C).
 
-    `operations` are models of one operation each, from a classifier's pooling to its output. Since they can be of any
-    kind, what they compute is found out with random numbers: pooling, head, and last `activation`, which is not
+    `operations` are models of one operation each, from a classifier's pooling to its output. They can be of any
+    kind, so random numbers tell what they compute: the pooling, the head, and the last `activation`, which is not
     applied.
     """
 

@@ -13,6 +13,7 @@ from experiment.files import UserError, atomic_write
 from experiment.images import resize, scale_short_side
 
 KERAS_SUFFIXES = (".keras", ".h5", ".hdf5")
+SHORT_SIDE = 256  # pixels of a photo, as ImageNet networks are tested
 
 
 class Preprocessing(NamedTuple):
@@ -71,6 +72,24 @@ def check_inputs(source, inputs, preprocessing):
         if shape[2] == 1:
             raise UserError(f"{source} takes grey images; the preprocessing of keras.applications is for colours")
     return shape
+
+
+def complete_preprocessing(preprocessing, path, inputs, short_side=None):
+    """Completes the `Preprocessing` of photos for the network `path`, with these input tensors, and checks it.
+
+    Photos are scaled to `short_side`; if that is None, as recorded, or to SHORT_SIDE if the network takes any size.
+    Pixels are in 0..255 unless another preprocessing is recorded; that is printed.
+    """
+    if short_side:
+        preprocessing = preprocessing._replace(short_side=short_side)
+    elif inputs[0].shape[1:3] == (None, None) and not (preprocessing.short_side or preprocessing.digit):
+        preprocessing = preprocessing._replace(short_side=SHORT_SIDE)
+    check_inputs(path, inputs, preprocessing)
+    if not (preprocessing.preprocess or preprocessing.pixel_range):
+        file = preprocessing_file(path)
+        print(f"{path} gets pixels of 0..255; if it was trained on others, say so in {file}")
+        preprocessing = preprocessing._replace(pixel_range=(0, 255))
+    return preprocessing
 
 
 def load_preprocess_input(module):

@@ -32,7 +32,7 @@ def bounded(least, most=sys.maxsize, kind=int):
 
 # Type or choices, and help text, of every setting that an experiment can have.
 FLAGS = {
-    "data": (Path, "folder of the data set; a .tar of it will do for photos"),
+    "data": (Path, "folder of the data set, or, for photos, a .tar of it"),
     "recipe": (("default", "original"), "how to train"),
     "network": (str, "alexnet, a name of keras.applications, or the file of a saved Keras network"),
     "weights": (Path, ".npz file of alexnet's ImageNet convolutions, by torchvision's names; none: random weights"),

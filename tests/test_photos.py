@@ -20,6 +20,7 @@ from skimage import draw
 import photos
 import show
 from cam import class_activation_model, normalize, overlay, upsample
+from data import photo_folders
 from data.photo_folders import load_photos, read_photo
 from experiment.features import load_pooled_features, prefetch
 from experiment.files import UserError
@@ -301,8 +302,8 @@ def test_features_depend_on_all_of_the_network(tmp_path):
 def test_photos_that_are_evaluated_again_are_read_once(archive, monkeypatch):
     _, test, *_ = load_photos(archive)
     files = []
-    monkeypatch.setattr(photos, "read_photo", lambda file: files.append(file) or read_photo(file))
-    split = photos.make_split(test, 64, lambda file: None, cached=len(test.files))
+    monkeypatch.setattr(photo_folders, "read_photo", lambda file: files.append(file) or read_photo(file))
+    split = photo_folders.make_split(test, 64, lambda file: None, cached=len(test.files))
     first, second = list(split.images), list(split.images)
     assert files == test.files
     assert all(map(np.array_equal, first, second))
